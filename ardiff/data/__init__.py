@@ -1,0 +1,1 @@
+"""Shards of videos: format, order and streaming."""

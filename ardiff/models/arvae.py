@@ -1,0 +1,127 @@
+"""The frame auto-encoder (AR-VAE): every frame becomes L tokens of C numbers, independently of the others.
+
+A ViT encoder with L latent tokens and a ViT decoder with mask tokens (TiTok, Yu et al. 2024), trained with a
+continuous bottleneck: latents are normalised to unit length per token before decoding, so only their direction counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ardiff.config import VAEConfig
+from ardiff.terms import Terms
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer with full attention, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "b t (three h d) -> three b h t d", three=3, h=self.num_heads
+        )
+        x = x + self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+class ARVAE(nn.Module):
+    """Encoder and decoder of single frames; videos are processed frame by frame."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, patch = config.hidden_size, config.patch_size
+        num_patches = (config.image_size // patch) ** 2
+        self.patch_embed = nn.Linear(3 * patch * patch, width)
+        self.encoder_positions = nn.Parameter(torch.empty(num_patches + config.num_tokens, width))
+        self.encoder = nn.Sequential(*(Layer(width, config.num_heads) for _ in range(config.encoder_depth)))
+        self.encoder_norm = nn.LayerNorm(width)
+        self.to_latents = nn.Linear(width, 2 * config.channels)
+        self.from_latents = nn.Linear(config.channels, width)
+        self.decoder_positions = nn.Parameter(torch.empty(num_patches + config.num_tokens, width))
+        self.decoder = nn.Sequential(*(Layer(width, config.num_heads) for _ in range(config.decoder_depth)))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.to_pixels = nn.Linear(width, 3 * patch * patch)
+        for positions in (self.encoder_positions, self.decoder_positions):
+            nn.init.normal_(positions, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """video [B, F, 3, H, W] in [0, 1] -> mean and log-variance, each [B, F, L, C]."""
+        size, patch = self.config.image_size, self.config.patch_size
+        if video.ndim != 5 or tuple(video.shape[2:]) != (3, size, size):
+            raise ValueError(f"video {tuple(video.shape)} must be [B, F, 3, {size}, {size}]")
+        frames = rearrange(video, "b f c (h p) (w q) -> (b f) (h w) (c p q)", p=patch, q=patch)
+        x = self.patch_embed((frames * 2 - 1).to(self.patch_embed.weight.dtype))
+        latents = x.new_zeros(len(x), self.config.num_tokens, x.shape[-1])  # told apart by their positions
+        x = self.encoder(torch.cat([x, latents], dim=1) + self.encoder_positions)
+        out = self.to_latents(self.encoder_norm(x[:, -self.config.num_tokens :]))
+        mean, logvar = rearrange(out, "(b f) l c -> b f l c", b=len(video)).chunk(2, dim=-1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, F, 3, H, W] in [0, 1] -> posterior mean [B, F, L, C], not normalised."""
+        return self.posterior(video)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, F, L, C] of any length per token -> video [B, F, 3, H, W], about [0, 1] but not clamped."""
+        unit = F.normalize(latents.to(self.from_latents.weight.dtype), dim=-1)
+        tokens = self.from_latents(rearrange(unit, "b f l c -> (b f) l c")) * self.config.channels**0.5
+        patches = tokens.new_zeros(
+            len(tokens), len(self.decoder_positions) - tokens.shape[1], tokens.shape[2]
+        )
+        x = self.decoder(torch.cat([patches, tokens], dim=1) + self.decoder_positions)
+        pixels = self.to_pixels(self.decoder_norm(x[:, : patches.shape[1]]))
+        side, patch = self.config.image_size // self.config.patch_size, self.config.patch_size
+        return rearrange(
+            (pixels + 1) / 2,
+            "(b f) (h w) (c p q) -> b f c (h p) (w q)",
+            b=len(latents),
+            h=side,
+            p=patch,
+            q=patch,
+        )
+
+
+class ReconstructionObjective(nn.Module):
+    """An AR-VAE with its loss: squared and absolute error of the pixels, and the KL term of the posterior."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.network = ARVAE(config)
+        self.config = config
+        self.elements_per_frame = 3 * config.image_size**2
+
+    def forward(self, batch: dict[str, Tensor]) -> Terms:
+        """batch: video [B, F, 3, H, W] in [0, 1], noise [B, F, L, C] of the posterior, mask [B, F]."""
+        video, mask = batch["video"], batch["mask"]
+        mean, logvar = (part.float() for part in self.network.posterior(video))
+        z = mean + (0.5 * logvar).exp() * batch["noise"]
+        difference = self.network.decode(z).float() - video
+        squared = (difference**2).sum(dim=(2, 3, 4)) * mask  # [B, F]
+        absolute = difference.abs().sum(dim=(2, 3, 4)) * mask
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean(dim=(2, 3)) * mask  # per latent number
+        weight = self.config.l1_weight
+        per_frame = (1 - weight) * squared + weight * absolute
+        loss = per_frame.sum() + self.config.kl_weight * self.elements_per_frame * kl.sum()
+        frames = mask.double().sum()
+        elements = frames * self.elements_per_frame
+        return {
+            "loss": (loss, elements),
+            "mse": (squared.detach().double().sum(), elements),
+            "kl": (kl.detach().double().sum(), frames),
+        }

@@ -1,0 +1,108 @@
+"""Where metrics go: metrics.jsonl (exact), TensorBoard (to look at), the console (one line a report)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ardiff.files import write_text
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, from `first_step` on.
+
+    Lines of later steps, and half a line, that an interrupted run left behind are cut off first, so that the file
+    equals an uninterrupted run's.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, max_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.max_steps = max_steps
+        path = run_dir / METRICS
+        write_text(path, "".join(lines_before(path, first_step)))
+        self._lines = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._started = time.perf_counter()
+        self._first_step = first_step
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """One report: a JSON line (floats read back bit-exactly), TensorBoard scalars, a line for people."""
+        self._lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+        self._lines.flush()
+        step = metrics["step"]
+        for key, value in metrics.items():
+            if isinstance(value, list):
+                for i, part in enumerate(value):
+                    if part is not None:
+                        self._board.add_scalar(f"{key}/{i:02d}", part, step)
+            elif key != "step" and value is not None:
+                self._board.add_scalar(f"train/{key}", value, step)
+        print(self._summary(metrics), flush=True)
+
+    def add_video(self, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
+        """Show uint8 frames [F, H, W, 3] as a moving picture under TensorBoard's images."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        buffer = io.BytesIO()
+        pictures = [Image.fromarray(frame) for frame in frames]
+        pictures[0].save(
+            buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
+        )
+        image = Summary.Image(
+            height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=buffer.getvalue()
+        )
+        self._board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._lines.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._lines.close()
+        self._board.close()
+
+    def _summary(self, metrics: dict[str, Any]) -> str:
+        step = metrics["step"]
+        seconds = (time.perf_counter() - self._started) / (step - self._first_step + 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_steps - step)))
+        filled = round(20 * step / self.max_steps)
+        mfu = f" mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
+        return (
+            f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.max_steps} loss {metrics['loss']:.4f} "
+            f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} {metrics['clips_per_s']:.1f} clips/s "
+            f"data wait {metrics['data_wait_frac']:.0%}{mfu} left {left}"
+        )
+
+
+def lines_before(path: Path, step: int) -> list[str]:
+    """The complete lines of a metrics.jsonl that belong to steps before `step`."""
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] >= step:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(line)
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become strings that Python's float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return [_plain(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Training: the DeepSpeed engine, the loop, exact checkpoints."""

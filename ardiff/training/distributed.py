@@ -1,0 +1,131 @@
+"""Processes: who we are, and collectives on the host that never touch the device.
+
+The same program runs under `deepspeed`, `torchrun`, `srun`, `mpirun` and plain `python`; the differences end here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ardiff.errors import UserError
+
+log = logging.getLogger("ardiff")
+T = TypeVar("T")
+
+# What other launchers call RANK, WORLD_SIZE and LOCAL_RANK.
+_FOREIGN = (
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+@dataclass
+class World:
+    """This process among all, and the group of host-side (gloo) collectives."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that prints and writes the shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        dist.barrier(group=self.control)
+
+    def gather(self, value: T) -> list[T]:
+        """One (pickled in memory, never stored) object from every rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """Run `compute` on rank 0 and give everyone its result; its UserError is raised on every rank."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = compute()
+            except UserError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a small host tensor over all ranks."""
+        dist.all_reduce(values, group=self.control)
+        return values
+
+
+def launcher_environment() -> None:
+    """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from whatever started this process."""
+    if "RANK" not in os.environ:
+        for names in _FOREIGN:
+            if all(name in os.environ for name in names) and "MASTER_ADDR" in os.environ:
+                for own, foreign in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+                    os.environ[own] = os.environ[foreign]
+                return
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def start(num_threads: int, timeout_minutes: float) -> World:
+    """Join the other ranks through DeepSpeed; nccl on GPUs, gloo on CPUs.
+
+    num_threads: CPU threads of this rank, 0 for an equal share of the cores.
+    """
+    launcher_environment()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    _set_default_timeout(timeout)
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        # Otherwise a C++ extension that training never uses is compiled: minutes, and a crash without a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device, control)
+
+
+def finish() -> None:
+    """Leave the group; a rank that just exits makes its peers complain of a lost connection."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _set_default_timeout(timeout: datetime.timedelta) -> None:
+    """ZeRO's collectives run in a clone of the world group that ignores init_distributed's timeout."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = timeout
+    if getattr(distributed_c10d, "default_pg_nccl_timeout", None) is not None:
+        distributed_c10d.default_pg_nccl_timeout = timeout

@@ -1,0 +1,109 @@
+"""The training state as flat vectors that do not depend on the world size.
+
+ZeRO-1/2 keeps, per parameter group, one vector of all parameters end to end and gives each rank an equal slice of it,
+padded at the tail (and, with `parameter_alignment`, between parameters). The canonical vector is the same without
+padding. `FlatState` maps between this rank's padded slices and the canonical range they cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VECTORS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Span:
+    """`length` elements at `local` of the padded slice are those at `canonical` of the canonical vector."""
+
+    local: int
+    canonical: int
+    length: int
+
+
+def spans_of(numels: list[int], padded_offsets: list[int], start: int, end: int) -> list[Span]:
+    """The parts of a padded vector's [start, end) that are parameters, neighbours merged."""
+    spans: list[Span] = []
+    canonical = 0
+    for numel, offset in zip(numels, padded_offsets, strict=True):
+        low, high = max(offset, start), min(offset + numel, end)
+        if low < high:
+            span = Span(low - start, canonical + low - offset, high - low)
+            last = spans[-1] if spans else None
+            if last and (last.local + last.length, last.canonical + last.length) == (span.local, span.canonical):
+                spans[-1] = Span(last.local, last.canonical, last.length + span.length)
+            else:
+                spans.append(span)
+        canonical += numel
+    return spans
+
+
+class FlatState:
+    """This rank's slices of master weights and Adam moments inside a ZeRO-1/2 optimizer."""
+
+    def __init__(self, optimizer: Any, named_parameters: dict[int, str], rank: int) -> None:
+        self._optimizer = optimizer
+        self.partitions: list[Tensor] = optimizer.single_partition_of_fp32_groups
+        self.layout: list[list[tuple[str, list[int]]]] = []
+        self.spans: list[list[Span]] = []
+        for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
+            self.layout.append([(named_parameters[id(p)], list(p.shape)) for p in parameters])
+            size = int(optimizer.partition_size[group])
+            offsets = optimizer.round_robin_bit16_offsets[group]
+            numels = [p.numel() for p in parameters]
+            self.spans.append(spans_of(numels, offsets, rank * size, (rank + 1) * size))
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Per group, the canonical [start, end) of this rank's slice."""
+        return [
+            (spans[0].canonical, spans[-1].canonical + spans[-1].length) if spans else (0, 0) for spans in self.spans
+        ]
+
+    def strip(self, group: int, padded: Tensor) -> Tensor:
+        """A padded slice without its padding, on the host."""
+        parts = [padded[span.local : span.local + span.length] for span in self.spans[group]]
+        return (torch.cat(parts) if parts else padded[:0]).detach().cpu().contiguous()
+
+    def fill(self, group: int, padded: Tensor, canonical: Tensor) -> None:
+        """Write a canonical range into a padded slice."""
+        start = self.ranges()[group][0]
+        for span in self.spans[group]:
+            source = canonical[span.canonical - start : span.canonical - start + span.length]
+            padded[span.local : span.local + span.length].copy_(source)
+
+    def export(self) -> dict[str, Tensor]:
+        """`group{g}.{vector}` -> canonical slice, for every vector of VECTORS."""
+        tensors = {}
+        for group, master in enumerate(self.partitions):
+            state = self._adam(group)
+            vectors = {"master": master, "exp_avg": state.get("exp_avg"), "exp_avg_sq": state.get("exp_avg_sq")}
+            for name, vector in vectors.items():
+                full = torch.zeros_like(master) if vector is None else vector
+                tensors[f"group{group}.{name}"] = self.strip(group, full)
+        return tensors
+
+    def load(self, read: Callable[[str, int, int], Tensor], adam_steps: list[int]) -> None:
+        """Restore everything from `read(name, start, end)`, which yields canonical ranges (see `export`)."""
+        for group, (start, end) in enumerate(self.ranges()):
+            master = self.partitions[group]
+            with torch.no_grad():
+                self.fill(group, master, read(f"group{group}.master", start, end))
+            moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            for name, moment in moments.items():
+                self.fill(group, moment, read(f"group{group}.{name}", start, end))
+            device = master.device if self._optimizer.optimizer.param_groups[group].get("fused") else "cpu"
+            step = torch.tensor(float(adam_steps[group]), device=device)
+            self._optimizer.optimizer.state[master] = {"step": step, **moments}
+        self._optimizer.update_lp_params()
+
+    def adam_steps(self) -> list[int]:
+        """Adam's step count per group."""
+        return [int(self._adam(group).get("step", 0)) for group in range(len(self.partitions))]
+
+    def _adam(self, group: int) -> dict[str, Any]:
+        return self._optimizer.optimizer.state.get(self.partitions[group], {})

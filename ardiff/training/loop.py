@@ -1,0 +1,200 @@
+"""The training loop: data, step, EMA, report, checkpoint, stop; the same for everything ardiff trains."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ardiff.data.plan import Plan
+from ardiff.data.stream import BatchStream, GlobalBatch
+from ardiff.errors import UserError
+from ardiff.monitor.throughput import Clock, peak_flops
+from ardiff.monitor.writers import MetricsWriter
+from ardiff.terms import Terms, mean_terms
+from ardiff.training import checkpoint, run_dir
+from ardiff.training.distributed import World
+from ardiff.training.ema import ShardedEMA
+from ardiff.training.engine import Engine, learning_rate
+from ardiff.training.flat import FlatState
+from ardiff.training.job import Job
+from ardiff.training.stop import StopSignal
+
+log = logging.getLogger("ardiff")
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended."""
+
+    reason: str  # "finished" or the name of the signal
+    step: int
+
+
+class Trainer:
+    """State of a run: engine, EMA, position in the data. `train` is the loop; the methods are its verbs."""
+
+    def __init__(self, job: Job, folder: Path, ds_settings: dict[str, Any], world: World) -> None:
+        self.job, self.config, self.folder, self.world = job, job.config, folder, world
+        config = job.config
+        self.plan = Plan(job.shards, config.train.seed, config.data.order, job.num_frames, config.data.stride)
+        self.engine = Engine(job.objective, config, ds_settings, world)
+        zero = self.engine.deepspeed.optimizer
+        names = {id(parameter): name for name, parameter in self.engine.objective.named_parameters()}
+        self.flat = FlatState(zero, names, world.rank)
+        self.ema = ShardedEMA(zero, config.train.ema_decay)
+        self.step, self.samples = 0, 0
+        self.clock = Clock()
+        self._skipped_in_a_row = 0
+
+    def resume(self) -> None:
+        """Continue from the newest valid checkpoint of the run, if there is one (collective)."""
+        found = self.world.from_main(lambda: checkpoint.newest_valid(self.folder))
+        if found is None:
+            return
+        state = checkpoint.read_state(found)
+        run_dir.check_state(state, found, self.config, self.job.shards.identity)
+        checkpoint.load(found, state, self.flat, self.ema, self.engine.objective)
+        self.engine.deepspeed.skipped_steps = state.skipped_steps
+        self.step, self.samples = state.step, state.samples
+        if self.world.is_main:
+            log.info("resumed from %s (step %d, %d samples)", found, self.step, self.samples)
+
+    def open_stream(self) -> BatchStream:
+        """Batches of this rank from the current position on."""
+        return BatchStream(
+            self.plan,
+            self.job.collate,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            position=self.samples,
+            prefetch=self.config.data.prefetch,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def train_step(self, batch: GlobalBatch) -> list[Terms]:
+        """One optimizer step, EMA included."""
+        terms, applied = self.engine.step(batch, self.step + 1)
+        self.step += 1
+        self.samples += batch.size
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        if applied:
+            self.ema.update()
+        elif self._skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise UserError(
+                f"step {self.step}: gradients were not finite in {self._skipped_in_a_row} steps in a row; lower "
+                "train.phases' lr or train.grad_clip and start again, it resumes from the last checkpoint"
+            )
+        self.clock.step()
+        return terms
+
+    def report(self, terms: list[Terms], writer: MetricsWriter | None) -> None:
+        """Metrics of this step (collective); speeds are means since the last report."""
+        means = mean_terms(terms, self.world.sum)
+        grad_norm = float(self.engine.grad_norm())
+        speed = self.clock.report()
+        waits = self.world.gather(speed["data_wait_frac"])
+        if writer is None:
+            return
+        per_second = self.config.train.global_batch_size / speed["seconds_per_step"]
+        flops = 3 * self.job.flops_per_clip * per_second / self.world.size
+        peak = peak_flops(self.world.device)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if self.world.device.type == "cuda" else None
+        writer.write(
+            {
+                "step": self.step,
+                "samples": self.samples,
+                "loss": means.pop("loss"),
+                "grad_norm": grad_norm,
+                "lr": learning_rate(self.config, self.step),
+                "skipped_steps": self.engine.skipped_steps,
+                "clips_per_s": per_second,
+                "tokens_per_s": per_second * self.job.tokens_per_clip,
+                "tflops_per_gpu": flops / 1e12,
+                "mfu": flops / peak if peak else None,
+                "data_wait_frac": max(waits),
+                "step_ms": 1000 * speed["seconds_per_step"],
+                "peak_memory_gb": memory,
+                **means,
+            }
+        )
+
+    def save(self, writer: MetricsWriter | None) -> None:
+        """Write a checkpoint (collective)."""
+        if writer is not None:
+            writer.flush()
+        state = checkpoint.State(
+            step=self.step,
+            samples=self.samples,
+            skipped_steps=self.engine.skipped_steps,
+            adam_steps=self.flat.adam_steps(),
+            ema_updates=self.ema.num_updates,
+            seed=self.config.train.seed,
+            order=self.config.data.order,
+            data_identity=self.job.shards.identity,
+            world_size=self.world.size,
+            layout=self.flat.layout,
+            latent_space=self.job.latent_space.as_json() if self.job.latent_space else None,
+            versions=run_dir.versions(),
+        )
+        path = checkpoint.save(
+            self.folder, state, self.flat, self.ema, self.engine.objective, self.config, self.world
+        )
+        if self.world.is_main:
+            log.info("checkpoint %s", path)
+
+    def preview(self, writer: MetricsWriter | None) -> None:
+        """Sample videos with the averaged weights (all ranks enter, rank 0 draws)."""
+        with self.ema.swapped_in():
+            if writer is not None and self.job.preview is not None:
+                network = self.engine.objective.network
+                network.eval()
+                with torch.no_grad():
+                    videos = self.job.preview(network)  # type: ignore[arg-type]
+                network.train()
+                for tag, video in videos.items():
+                    writer.add_video(tag, video, self.step, self.config.sampling.fps)
+            self.world.barrier()
+
+
+def train(trainer: Trainer) -> Outcome:
+    """Train until max_steps or an agreed stop; always ends with a checkpoint of the last step."""
+    config, world, clock = trainer.config, trainer.world, trainer.clock
+    last = config.max_steps
+    writer = MetricsWriter(trainer.folder, trainer.step + 1, last) if world.is_main else None
+    stream = trainer.open_stream()
+    saved = trainer.step
+    reason = "finished"
+    clock.reset()
+    with StopSignal(world) as stop:
+        try:
+            while trainer.step < last:
+                with clock.waiting_for_data():
+                    batch = next(stream)
+                terms = trainer.train_step(batch)
+                if trainer.step % config.train.log_every == 0 or trainer.step == last:
+                    trainer.report(terms, writer)
+                signal_name = stop.agreed()
+                with clock.paused():
+                    if trainer.step % config.train.save_every == 0:
+                        trainer.save(writer)
+                        saved = trainer.step
+                    sample_every = config.train.sample_every
+                    if sample_every and trainer.job.preview and trainer.step % sample_every == 0:
+                        trainer.preview(writer)
+                if signal_name and trainer.step < last:
+                    reason = signal_name
+                    break
+            stop.close()
+            if saved != trainer.step:
+                trainer.save(writer)
+        finally:
+            stream.close()
+            if writer is not None:
+                writer.close()
+    return Outcome(reason, trainer.step)

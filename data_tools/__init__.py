@@ -1,0 +1,1 @@
+"""Programs that turn videos into shards; run each as `python -m data_tools.NAME --help`."""

@@ -1,0 +1,1 @@
+"""Programs: training, sampling, evaluation. Run each as `python launch/NAME.py --help`."""

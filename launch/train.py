@@ -1,0 +1,106 @@
+"""Train the diffusion transformer on latent shards.
+
+    deepspeed launch/train.py --config ardiff_xl --ds_config ds_configs/zero2.json --data.shards DIR --run_dir RUN
+
+The same file works under torchrun and plain python. The same command again resumes from the newest valid checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from ardiff import cli
+from ardiff.config import Config
+from ardiff.data.dataset import open_shards
+from ardiff.data.latent_space import LatentSpace
+from ardiff.data.stream import LatentClips
+from ardiff.diffusion.objective import DiffusionObjective
+from ardiff.errors import UserError
+from ardiff.models import DiT
+from ardiff.monitor.throughput import dit_flops
+from ardiff.sampling.generate import Decoder, Request, generate
+from ardiff.training import program
+from ardiff.training.job import Job, Preview
+
+
+def build_job(config: Config) -> Job:
+    """The DiT, its objective and its data. Raises UserError where they do not fit together."""
+    model = config.model
+    if not config.data.shards:
+        raise UserError("--data.shards is needed: a folder of latent shards made by data_tools.extract_latents")
+    if model.context_dim:
+        raise UserError(f"model.context_dim = {model.context_dim}: latent shards hold no text features; set it to 0")
+    shards = open_shards(config.data.shards, "latents")
+    details = shards.manifest.details
+    found, needed = (details["tokens"], details["channels"]), (model.tokens_per_frame, model.in_channels)
+    if found != needed:
+        raise UserError(
+            f"{config.data.shards}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
+            f"model.in_channels = {needed[0]} x {needed[1]}"
+        )
+    if model.num_classes and model.num_classes != len(shards.manifest.classes):
+        raise UserError(f"model.num_classes = {model.num_classes}, but the data have {len(shards.manifest.classes)} classes")
+    space = LatentSpace.of(shards.manifest, config.data.normalize)
+    preview, note = _preview(config, space)
+    return Job(
+        name="DiT",
+        config=config,
+        objective=DiffusionObjective(DiT(model), config),
+        shards=shards,
+        num_frames=model.num_frames,
+        collate=LatentClips(shards, space, config),
+        flops_per_clip=dit_flops(model),
+        tokens_per_clip=model.num_frames * model.tokens_per_frame,
+        latent_space=space,
+        preview=preview,
+        notes=[note],
+    )
+
+
+def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:
+    """A function that draws sample videos, when there is an AR-VAE to decode them."""
+    if not config.train.sample_every:
+        return None, "no sample videos (train.sample_every = 0)"
+    try:
+        decoder = Decoder(space, config.data.arvae)
+    except UserError as error:
+        return None, f"no sample videos in TensorBoard: {error}"
+    sampling, classes = config.sampling, config.model.num_classes
+
+    def draw(network: nn.Module) -> dict[str, np.ndarray]:
+        count = sampling.num_videos
+        request = Request(
+            num_videos=count,
+            num_frames=config.model.num_frames,
+            num_steps=sampling.num_steps,
+            gap=sampling.gap,
+            guidance=sampling.guidance if classes else 1.0,
+            labels=[i % classes for i in range(count)] if classes else None,
+            seed=config.train.seed,
+            cache="exact" if config.model.mask != "bidirectional" and config.model.context == "strict" else "none",
+        )
+        videos = decoder.decode(generate(network, config, request))
+        return {f"samples/{i:02d}": video for i, video in enumerate(videos)}
+
+    return draw, f"sample videos every {config.train.sample_every} steps, decoded by AR-VAE {space.arvae_id}"
+
+
+def main() -> int:
+    """The program."""
+    parser = program.arguments(
+        "Train the diffusion transformer on latent shards.",
+        "deepspeed launch/train.py --config ardiff_xl --ds_config ds_configs/zero2.json "
+        "--data.shards /data/latents --run_dir runs/sky",
+        "ardiff_xl",
+    )
+    return program.main(parser, build_job, "model")
+
+
+if __name__ == "__main__":
+    cli.run(main)

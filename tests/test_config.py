@@ -1,0 +1,252 @@
+import re
+
+import pytest
+
+from ardiff.config import Config, DataConfig, Phase, _all_keys, differences, load, presets, to_yaml
+from ardiff.errors import UserError
+
+# Every dotted key is public: it stands in users' YAML files and command lines. A new one is added here by hand; one
+# that is renamed or removed breaks them and belongs into the change log.
+PUBLIC_KEYS = """
+model.num_frames model.tokens_per_frame model.in_channels model.hidden_size model.depth model.num_heads
+model.mlp_ratio model.qk_norm model.rope_theta model.num_classes model.context_dim model.mask model.block
+model.context model.attention_backend model.activation_checkpointing
+vae.image_size vae.patch_size vae.num_tokens vae.channels vae.hidden_size vae.encoder_depth vae.decoder_depth
+vae.num_heads vae.kl_weight vae.l1_weight
+diffusion.num_timesteps diffusion.beta_start diffusion.beta_end diffusion.prediction diffusion.timesteps
+data.shards data.order data.stride data.normalize data.arvae data.prefetch
+train.seed train.global_batch_size train.micro_batch_size train.max_steps train.phases train.warmup_steps train.betas
+train.adam_eps train.weight_decay train.grad_clip train.ema_decay train.label_dropout train.log_every
+train.save_every train.keep_checkpoints train.sample_every train.num_threads train.collective_timeout_minutes
+train.max_skipped_steps
+sampling.num_videos sampling.num_steps sampling.gap sampling.guidance sampling.fps
+""".split()
+
+
+def refusal(*overrides, source="tiny"):
+    with pytest.raises(UserError) as caught:
+        load(str(source), list(overrides))
+    return str(caught.value)
+
+
+def test_the_public_keys_are_unchanged():
+    assert sorted(_all_keys()) == sorted(PUBLIC_KEYS)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_load_and_survive_a_round_trip(name, tmp_path):
+    config = load(name)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load(str(path)) == config
+
+
+def test_round_trip_keeps_every_changed_value(tmp_path):
+    # numbers that YAML's own rules would read as text or round, a pattern full of YAML's special characters, None
+    config = load(
+        "tiny",
+        ["train.adam_eps=1e-8", "vae.kl_weight=1.2345678901234567e-7", "train.max_steps=null", "train.seed=2147483648"]
+        + ["train.betas=[0.5, 0.25]", "train.phases=[{steps: 7, lr: 3e-5}]", "model.qk_norm=false"],
+    )
+    config.data.shards = "/data/{a,b}: #*&'\"/x-{000..012}.tar"
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    again = load(str(path))
+    assert again == config
+    assert (again.train.adam_eps, again.vae.kl_weight) == (1e-8, 1.2345678901234567e-7)
+
+
+def test_ardiff_xl_is_the_model_of_the_paper():
+    model = load("ardiff_xl").model
+    assert (model.depth, model.hidden_size, model.num_heads) == (28, 1152, 16)
+    assert (model.num_frames, model.tokens_per_frame, model.in_channels) == (16, 32, 4)
+    train = load("ardiff_xl").train
+    assert (train.global_batch_size, train.betas) == (1024, [0.9, 0.999])
+    assert train.phases == [Phase(100_000, 2e-4), Phase(50_000, 1e-5)]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [["train.max_steps=100"], ["--train.max_steps=100"], ["--train.max_steps", "100"]],
+    ids=["bare", "equals", "pair"],
+)
+def test_overrides_in_all_three_spellings(spelling):
+    assert load("tiny", spelling).train.max_steps == 100
+
+
+def test_overrides_mix_and_the_last_one_wins():
+    config = load("tiny", ["--train.seed", "1", "model.depth=2", "--train.seed=-3", "--sampling.guidance", "-1.5"])
+    assert (config.train.seed, config.model.depth, config.sampling.guidance) == (-3, 2, -1.5)
+
+
+def test_nothing_but_the_override_changes():
+    assert differences(load("tiny"), load("tiny", ["train.seed=9"])) == ["train.seed: 0 -> 9"]
+    assert differences(load("base"), load("base")) == []
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.max_steps=7"]])
+def test_max_steps_defaults_to_the_sum_of_the_phases(overrides):
+    assert load("tiny", overrides).max_steps == (7 if overrides else 400)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "/data/sky/latents-{000000..000127}.tar",
+        "*.tar",  # an alias in YAML
+        "{a,b}.tar",  # a mapping
+        "[ab].tar",  # a list
+        "007",  # an octal number
+        "1e3",
+        "on",  # true
+        "a #1",  # a comment
+    ],
+)
+def test_shard_patterns_arrive_letter_by_letter(pattern):
+    assert load("tiny", [f"--data.shards={pattern}"]).data.shards == pattern
+    assert load("tiny", ["--data.shards", pattern]).data.shards == pattern
+
+
+def test_a_user_error_is_a_value_error():
+    assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.dept=3", "did you mean 'model.depth'"),
+        ("trian.seed=4", "did you mean 'train.seed'"),
+        ("max_steps=3", "did you mean 'train.max_steps'"),
+        ("zzz=1", "sections are model, vae, diffusion, data, train, sampling"),
+        ("model=3", "unknown setting 'model'"),
+        ("model.mask=frame_casual", "did you mean 'frame_causal'"),
+        ("diffusion.prediction=x1", "must be one of x0, eps, v"),
+        ("diffusion.timesteps=fop", "did you mean 'fopp'"),
+        ("data.normalize=units", "did you mean 'unit'"),
+        ("train.phases=[{steps: 3, lrr: 1}]", "'lr'"),
+    ],
+)
+def test_names_are_refused_with_the_nearest_match(override, message):
+    text = refusal(override)
+    assert override.split("=")[0] in text
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.depth=deep",
+        "model.depth=1.5",
+        "model.depth=true",
+        "model.qk_norm=maybe",
+        "train.seed=null",
+        "train.grad_clip=much",
+        "train.betas=0.9",
+        "train.betas=[a, b]",
+        "train.phases=[1]",
+        "train.phases=null",
+        "data.stride=[1]",
+    ],
+)
+def test_wrong_types_are_refused(override):
+    assert f"'{override.split('=')[0]}'" in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["train.global_batch_size=100", "train.micro_batch_size=16"], ["= 100", "micro_batch_size = 16"]),
+        (["model.hidden_size=100", "model.num_heads=7"], ["100 / 7"]),
+        (["model.hidden_size=12", "model.num_heads=4"], ["12 / 4", "even"]),  # rotary needs pairs
+        (["vae.hidden_size=100", "vae.num_heads=3"], ["100 / 3"]),
+        (["vae.image_size=100", "vae.patch_size=16"], ["= 100", "vae.patch_size = 16"]),
+        (["sampling.gap=21"], ["sampling.gap = 21", "sampling.num_steps = 20"]),
+        (["sampling.gap=-1"], ["sampling.gap = -1"]),
+        (["sampling.num_steps=1000"], ["sampling.num_steps = 1000", "diffusion.num_timesteps = 1000"]),
+        (["model.block=2"], ["model.block = 2", "block_causal"]),
+        (["train.phases=[]"], ["train.phases"]),
+        (["train.phases=[{steps: 3, lr: 0}]"], ["train.phases"]),
+        (["train.betas=[0.9]"], ["train.betas = [0.9]"]),
+        (["train.max_steps=0"], ["train.max_steps = 0"]),
+        (["train.label_dropout=1.5"], ["train.label_dropout = 1.5"]),
+        (["train.ema_decay=1"], ["train.ema_decay = 1"]),
+        (["model.num_heads=0"], ["model.num_heads = 0"]),
+        (["train.micro_batch_size=0"], ["train.micro_batch_size = 0"]),
+        (["vae.patch_size=0"], ["vae.patch_size = 0"]),
+    ],
+)
+def test_impossible_arithmetic_is_refused(overrides, parts):
+    text = refusal(*overrides)
+    assert all(part in text for part in parts), text
+
+
+def test_the_impossible_is_possible_where_it_has_a_meaning():
+    assert load("tiny", ["model.mask=block_causal", "model.block=2"]).model.block == 2
+    assert load("tiny", ["sampling.gap=20"]).sampling.gap == 20
+
+
+def test_every_problem_is_reported_at_once():
+    text = refusal(
+        *("model.dept=3", "train.seed=x", "model.mask=frame", "sampling.gap=99", "train.betas=[1]", "--train.log_every")
+    )
+    parts = ["model.dept", "train.seed", "model.mask", "sampling.gap", "train.betas", "--train.log_every"]
+    assert all(part in text for part in parts), text
+    assert len(re.findall("^  - ", text, re.MULTILINE)) == len(parts)
+
+
+def test_every_value_that_must_be_positive_is_reported_at_once():
+    text = refusal("model.depth=0", "train.log_every=0", "data.stride=-1", "sampling.gap=99")
+    parts = ["model.depth = 0", "train.log_every = 0", "data.stride = -1", "sampling.gap = 99"]
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(
+    "words", [["--model.depth"], ["--model.depth", "--train.seed", "4"], ["4"], ["--train.seed", "4", "stray"]]
+)
+def test_an_override_without_a_value_is_refused(words):
+    assert "needs a value" in refusal(*words)
+
+
+def test_an_unreadable_value_is_refused_with_its_key():
+    assert "'train.betas': cannot read '[0.9'" in refusal("train.betas=[0.9")
+
+
+def test_yaml_with_unknown_keys_names_file_and_keys(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model:\n  depht: 3\n  depth: 2\ntrain:\n  seed: abc\noptim:\n  lr: 1\n")
+    text = refusal("train.log_evry=1", source=path)
+    for part in [str(path), "model.depht", "'model.depth'", "train.seed", "optim.lr", "train.log_every"]:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "content", [b"model: [", b"model:\n\t- x", b"a: b: c", b"\xff\xfe\x00", b"- 1\n- 2\n", b"just words"]
+)
+def test_what_is_no_mapping_in_yaml_is_refused(content, tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_bytes(content)
+    assert str(path) in refusal(source=path)
+
+
+def test_a_section_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "flat.yaml"
+    path.write_text("model: 5\n")
+    assert "'model'" in refusal(source=path)
+
+
+def test_an_empty_yaml_is_the_default(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    assert load(str(path)) == Config()
+
+
+def test_yaml_is_overridden_by_the_command_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data:\n  shards: here\n  stride: 2\n")
+    assert load(str(path), ["data.stride=3"]).data == DataConfig(shards="here", stride=3)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    text = refusal(source="ardif_xl")
+    assert "did you mean 'ardiff_xl'" in text
+    assert all(name in text for name in presets())
