@@ -51,7 +51,7 @@ def build_job(config: Config) -> Job:
     return Job(
         name="DiT",
         config=config,
-        objective=DiffusionObjective(DiT(model), config),
+        build_objective=lambda: DiffusionObjective(DiT(model), config),
         shards=shards,
         num_frames=model.num_frames,
         collate=LatentClips(shards, space, config),

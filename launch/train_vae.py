@@ -57,7 +57,7 @@ def build_job(config: Config) -> Job:
     return Job(
         name="AR-VAE",
         config=config,
-        objective=ReconstructionObjective(config.vae),
+        build_objective=lambda: ReconstructionObjective(config.vae),
         shards=shards,
         num_frames=FRAMES_PER_CLIP,
         collate=FrameClips(shards, config, FRAMES_PER_CLIP),

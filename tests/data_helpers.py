@@ -49,13 +49,12 @@ def write_latents(
         shards.append(write_shard(folder, f"latents-{number:06d}", samples, moments))
         first_video += len(part)
     mean, std = Moments.merge(shard.statistics for shard in shards)
-    details = {"tokens": tokens, "channels": channels, "mean": mean, "std": std, "fps": "25/1", "arvae": "none"}
+    arvae = {"id": "0" * 16, "path": "nowhere"}
+    details = {"tokens": tokens, "channels": channels, "mean": mean, "std": std, "fps": 25.0, "arvae": arvae}
     return write_manifest(folder, "latents", shards, list(CLASSES), details)
 
 
-def all_latents(
-    lengths: Sequence[Sequence[int]] = LENGTHS, tokens: int = 2, channels: int = 4
-) -> list[np.ndarray]:
+def all_latents(lengths: Sequence[Sequence[int]] = LENGTHS, tokens: int = 2, channels: int = 4) -> list[np.ndarray]:
     """What `write_latents` wrote, video by video."""
     flat = itertools.chain.from_iterable(lengths)
     return [latents_of(video, length, tokens, channels) for video, length in enumerate(flat)]

@@ -7,20 +7,24 @@ from ardiff.errors import UserError
 
 # Every dotted key is public: it stands in users' YAML files and command lines. A new one is added here by hand; one
 # that is renamed or removed breaks them and belongs into the change log.
-PUBLIC_KEYS = """
-model.num_frames model.tokens_per_frame model.in_channels model.hidden_size model.depth model.num_heads
-model.mlp_ratio model.qk_norm model.rope_theta model.num_classes model.context_dim model.mask model.block
-model.context model.attention_backend model.activation_checkpointing
-vae.image_size vae.patch_size vae.num_tokens vae.channels vae.hidden_size vae.encoder_depth vae.decoder_depth
-vae.num_heads vae.kl_weight vae.l1_weight
-diffusion.num_timesteps diffusion.beta_start diffusion.beta_end diffusion.prediction diffusion.timesteps
-data.shards data.order data.stride data.normalize data.arvae data.prefetch
-train.seed train.global_batch_size train.micro_batch_size train.max_steps train.phases train.warmup_steps train.betas
-train.adam_eps train.weight_decay train.grad_clip train.ema_decay train.label_dropout train.log_every
-train.save_every train.keep_checkpoints train.sample_every train.num_threads train.collective_timeout_minutes
-train.max_skipped_steps
-sampling.num_videos sampling.num_steps sampling.gap sampling.guidance sampling.fps
-""".split()
+PUBLIC_KEYS = {
+    "model": (
+        "num_frames tokens_per_frame in_channels hidden_size depth num_heads mlp_ratio qk_norm rope_theta "
+        "num_classes context_dim mask block context attention_backend activation_checkpointing"
+    ),
+    "vae": (
+        "image_size patch_size num_tokens channels hidden_size encoder_depth decoder_depth num_heads "
+        "kl_weight l1_weight"
+    ),
+    "diffusion": "num_timesteps beta_start beta_end prediction timesteps",
+    "data": "shards order stride normalize arvae prefetch",
+    "train": (
+        "seed global_batch_size micro_batch_size max_steps phases warmup_steps betas adam_eps weight_decay "
+        "grad_clip ema_decay label_dropout log_every save_every keep_checkpoints sample_every num_threads "
+        "collective_timeout_minutes max_skipped_steps"
+    ),
+    "sampling": "num_videos num_steps gap guidance fps",
+}
 
 
 def refusal(*overrides, source="tiny"):
@@ -30,7 +34,8 @@ def refusal(*overrides, source="tiny"):
 
 
 def test_the_public_keys_are_unchanged():
-    assert sorted(_all_keys()) == sorted(PUBLIC_KEYS)
+    frozen = [f"{section}.{name}" for section, names in PUBLIC_KEYS.items() for name in names.split()]
+    assert sorted(_all_keys()) == sorted(frozen)
 
 
 @pytest.mark.parametrize("name", presets())
@@ -43,11 +48,9 @@ def test_presets_load_and_survive_a_round_trip(name, tmp_path):
 
 def test_round_trip_keeps_every_changed_value(tmp_path):
     # numbers that YAML's own rules would read as text or round, a pattern full of YAML's special characters, None
-    config = load(
-        "tiny",
-        ["train.adam_eps=1e-8", "vae.kl_weight=1.2345678901234567e-7", "train.max_steps=null", "train.seed=2147483648"]
-        + ["train.betas=[0.5, 0.25]", "train.phases=[{steps: 7, lr: 3e-5}]", "model.qk_norm=false"],
-    )
+    numbers = ["train.adam_eps=1e-8", "vae.kl_weight=1.2345678901234567e-7", "train.seed=2147483648"]
+    others = ["train.max_steps=null", "train.betas=[0.5, 0.25]", "train.phases=[{steps: 7, lr: 3e-5}]"]
+    config = load("tiny", [*numbers, *others, "model.qk_norm=false"])
     config.data.shards = "/data/{a,b}: #*&'\"/x-{000..012}.tar"
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ardiff.files import write_text
+from ardiff.video import gif_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -53,14 +52,9 @@ class MetricsWriter:
         """Show uint8 frames [F, H, W, 3] as a moving picture under TensorBoard's images."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        buffer = io.BytesIO()
-        pictures = [Image.fromarray(frame) for frame in frames]
-        pictures[0].save(
-            buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-        )
-        image = Summary.Image(
-            height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=buffer.getvalue()
-        )
+        height, width = frames.shape[1:3]
+        picture = gif_bytes(frames, fps)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=picture)
         self._board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def flush(self) -> None:

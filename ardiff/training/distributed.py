@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -97,6 +98,9 @@ def start(num_threads: int, timeout_minutes: float) -> World:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     import deepspeed.ops
+
+    # torch 2.13 renamed the collective that DeepSpeed 0.19 calls; nothing a user could do about it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     timeout = datetime.timedelta(minutes=timeout_minutes)

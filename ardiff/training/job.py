@@ -22,7 +22,7 @@ class Job:
 
     name: str
     config: Config
-    objective: nn.Module  # holds the network as `.network`; forward(batch) -> Terms
+    build_objective: Callable[[], nn.Module]  # it holds the network as `.network`; forward(batch) -> Terms
     shards: ShardSet
     num_frames: int  # of a clip
     collate: Collate

@@ -41,7 +41,11 @@ class Trainer:
         self.job, self.config, self.folder, self.world = job, job.config, folder, world
         config = job.config
         self.plan = Plan(job.shards, config.train.seed, config.data.order, job.num_frames, config.data.stride)
-        self.engine = Engine(job.objective, config, ds_settings, world)
+        # Initial weights are a function of the seed alone, whatever else was built before them.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            objective = job.build_objective()
+        self.engine = Engine(objective, config, ds_settings, world)
         zero = self.engine.deepspeed.optimizer
         names = {id(parameter): name for name, parameter in self.engine.objective.named_parameters()}
         self.flat = FlatState(zero, names, world.rank)

@@ -62,7 +62,6 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -
     default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
     ds_settings = read_ds_config(options.ds_config or default)
     accumulation_steps(config, int(os.environ["WORLD_SIZE"]))
-    torch.manual_seed(config.train.seed)  # initial weights; everything later follows from positions
     job = build_job(config)
     world = distributed.start(config.train.num_threads, config.train.collective_timeout_minutes)
     trainer = Trainer(job, options.run_dir, ds_settings, world)
@@ -74,7 +73,7 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -
 
 
 def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
-    parameters = sum(parameter.numel() for parameter in job.objective.parameters())
+    parameters = sum(parameter.numel() for parameter in trainer.engine.objective.parameters())
     config, world = job.config, trainer.world
     log.info(
         "%s: %.1f M parameters, %d rank(s) on %s, global batch %d = %d ranks x %d x %d accumulation, %d steps",

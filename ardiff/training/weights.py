@@ -1,68 +1,115 @@
-"""Networks from disk: a run_dir, one checkpoint of it, or an export (model.safetensors, ema.safetensors, config.yaml)."""
+"""Networks from disk: a run_dir, one checkpoint of it, or an export.
+
+An export (launch/export.py) is a folder with model.safetensors, ema.safetensors, config.yaml and, for a diffusion
+transformer, latent_space.json.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ardiff.config import Config, load
+from ardiff.config import Config, load, to_yaml
+from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
+from ardiff.files import replacing, write_json, write_text
 from ardiff.models import ARVAE, DiT
-from ardiff.training.checkpoint import full_weights, newest_valid, problem_with
+from ardiff.training.checkpoint import full_weights, newest_valid, problem_with, read_state
 
 PREFIX = "network."  # objectives hold their network under this name
+FILES = {"ema": "ema.safetensors", "master": "model.safetensors"}
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def read_weights(source: Path, use_ema: bool = True) -> tuple[dict[str, Tensor], Config, Path]:
-    """Weights by name, their configuration, and the directory they came from.
+@dataclass
+class Stored:
+    """What a run, checkpoint or export holds: the weights of a network by name, and how to use them."""
 
-    Raises UserError when `source` is none of the three kinds, or damaged.
-    """
-    exported = source / ("ema.safetensors" if use_ema else "model.safetensors")
+    weights: dict[str, Tensor]
+    config: Config
+    origin: Path
+    latent_space: dict[str, Any] | None
+
+
+def read_weights(source: Path, vector: str = "ema") -> Stored:
+    """Read `ema` or `master` (unaveraged) weights. Raises UserError when `source` is none of the three, or damaged."""
+    exported = source / FILES[vector]
     if exported.is_file():
+        space = source / "latent_space.json"
         try:
-            return load_file(exported), load(str(source / "config.yaml")), source
-        except SafetensorError as error:
-            raise UserError(f"{exported}: not a safetensors file ({error})") from error
-    checkpoint = source
+            weights = load_file(exported)
+            found = json.loads(space.read_text(encoding="utf-8")) if space.is_file() else None
+        except (SafetensorError, ValueError, OSError) as error:
+            raise UserError(f"{source}: a damaged export ({error})") from error
+        return Stored(weights, load(str(source / "config.yaml")), source, found)
+    checkpoint = find_checkpoint(source)
+    weights = full_weights(checkpoint, vector)
+    network = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    return Stored(network, load(str(checkpoint / "config.yaml")), checkpoint, read_state(checkpoint).latent_space)
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint that a run_dir (its newest valid one) or a checkpoint directory stands for."""
     if (source / "checkpoints").is_dir():
         newest = newest_valid(source)
         if newest is None:
             raise UserError(f"{source}: the run has no checkpoint yet")
-        checkpoint = newest
-    elif not (source / "MANIFEST.json").is_file():
-        raise UserError(f"{source}: neither a run_dir, nor a checkpoint of one, nor an export (made by launch/export.py)")
-    elif (problem := problem_with(checkpoint)) is not None:
-        raise UserError(f"{checkpoint}: damaged ({problem})")
-    weights = full_weights(checkpoint, "ema" if use_ema else "master")
-    networks = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    return networks, load(str(checkpoint / "config.yaml")), checkpoint
+        return newest
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    if not (source / "MANIFEST.json").is_file():
+        raise UserError(f"{source}: neither a run_dir with checkpoints, nor a checkpoint, nor an export")
+    problem = problem_with(source)
+    if problem is not None:
+        raise UserError(f"{source}: a damaged checkpoint ({problem})")
+    return source
 
 
-def load_dit(source: Path, use_ema: bool = True) -> tuple[DiT, Config]:
-    """The diffusion transformer of a run, checkpoint or export, in evaluation mode on the CPU, fp32."""
-    weights, config, origin = read_weights(source, use_ema)
-    return _fill(DiT(config.model), weights, origin, "diffusion transformer"), config
+def load_dit(source: Path, vector: str = "ema") -> tuple[DiT, Config, LatentSpace]:
+    """The diffusion transformer of a run, checkpoint or export: fp32, on the CPU, in evaluation mode."""
+    stored = read_weights(source, vector)
+    if stored.latent_space is None:
+        raise UserError(f"{stored.origin}: does not hold a diffusion transformer (is it the run of an AR-VAE?)")
+    return _fill(DiT(stored.config.model), stored), stored.config, LatentSpace(**stored.latent_space)
 
 
 def load_arvae(source: Path) -> tuple[ARVAE, str]:
     """The auto-encoder of a run, checkpoint or export, and its id (a hash of configuration and weights)."""
-    weights, config, origin = read_weights(source)
-    network = _fill(ARVAE(config.vae), weights, origin, "AR-VAE")
-    digest = hashlib.sha256(repr(config.vae).encode())
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    stored = read_weights(source)
+    if stored.latent_space is not None:
+        raise UserError(f"{stored.origin}: holds a diffusion transformer, but an AR-VAE is needed")
+    network = _fill(ARVAE(stored.config.vae), stored)
+    digest = hashlib.sha256(repr(stored.config.vae).encode())
+    for name in sorted(stored.weights):
+        digest.update(name.encode() + stored.weights[name].contiguous().numpy().tobytes())
     return network, digest.hexdigest()[:16]
 
 
-def _fill(network: nn.Module, weights: dict[str, Tensor], origin: Path, what: str):  # noqa: ANN202 - the type given
-    expected = {name: value.shape for name, value in network.state_dict().items()}
-    if {name: value.shape for name, value in weights.items()} != expected:
-        odd = sorted(set(expected) ^ set(weights))[:3]
-        raise UserError(f"{origin}: does not hold the weights of a {what}" + (f" (first differences: {odd})" if odd else ""))
-    network.load_state_dict(weights)
+def export(source: Path, out: Path) -> Path:
+    """Write the networks of a run or checkpoint for use elsewhere; returns the checkpoint that was exported."""
+    checkpoint = find_checkpoint(source)
+    for vector, name in FILES.items():
+        stored = read_weights(checkpoint, vector)
+        with replacing(out / name) as temporary:
+            save_file(stored.weights, temporary)
+    if stored.latent_space is not None:
+        write_json(out / "latent_space.json", stored.latent_space)
+    write_text(out / "config.yaml", to_yaml(stored.config))
+    return checkpoint
+
+
+def _fill(network: Network, stored: Stored) -> Network:
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in stored.weights.items()}
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        raise UserError(f"{stored.origin}: weights do not fit their configuration ({len(odd)} differ, first: {odd[0]})")
+    network.load_state_dict(stored.weights)
     return network.eval()

@@ -1,0 +1,215 @@
+"""The whole system on one machine in minutes: videos, auto-encoder, latents, ZeRO-2 training, samples.
+
+    python launch/demo.py --out runs/demo [--videos DIR]
+
+`make demo` calls this. Every stage is one of the ordinary programs, its command is printed, and a stage that is
+complete is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # works from a clone that is not installed
+
+import torch
+
+from ardiff import cli
+from ardiff.data.corpus import classes, read_corpus
+from ardiff.errors import UserError
+from ardiff.files import write_json
+from ardiff.monitor.writers import METRICS
+
+SIZE = 64  # pixels
+VIDEOS, FRAMES = 12, 16  # sampled at the end
+
+
+@dataclass
+class Stage:
+    """One program of the pipeline."""
+
+    name: str
+    command: list[str]
+    result: Path  # exists when it has run
+
+
+class Demo:
+    """Runs stages in order and remembers which are complete."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.record_file = out / "stages.json"
+        self.record: dict[str, Any] = {}
+        if self.record_file.is_file():
+            try:
+                self.record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            except ValueError:
+                self.record = {}  # half a file of a killed run: everything is checked again
+        self.fresh = False  # from the first stage that had to run, all later ones run too
+        self.table: list[tuple[str, float, str]] = []
+
+    def run(self, stage: Stage) -> None:
+        """Run a stage unless it is complete. Raises UserError when its program fails."""
+        done = self.record.get(stage.name, {})
+        if not self.fresh and done.get("command") == stage.command and stage.result.exists():
+            self.table.append((stage.name, float(done["seconds"]), "reused"))
+            return
+        self.fresh = True
+        command = [_free_port() if word == "PORT" else word for word in stage.command]
+        shown = " ".join(shlex.quote(_shorten(word)) for word in command)
+        print(f"\n=== {stage.name}\n$ {shown}", flush=True)
+        begin = time.perf_counter()
+        code = subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode
+        seconds = time.perf_counter() - begin
+        if code or not stage.result.exists():
+            raise UserError(f"stage '{stage.name}' failed (exit code {code}); mend it and run the demo again")
+        self.record[stage.name] = {"command": stage.command, "seconds": seconds}
+        write_json(self.record_file, self.record)
+        self.table.append((stage.name, seconds, ""))
+
+
+def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
+    """From videos to latent shards."""
+    python, corpus = sys.executable, out / "corpus.jsonl"
+    stages = []
+    source = videos
+    if source is None:
+        source = out / "videos"
+        made = source / "settings.json"
+        stages.append(Stage("make videos", [python, "-m", "data_tools.make_demo_corpus", "--out", str(source)], made))
+    scan = [python, "-m", "data_tools.scan_videos", str(source), "--out", str(corpus)]
+    shard = [python, "-m", "data_tools.shard_videos", "--corpus", str(corpus), "--size", str(SIZE)]
+    vae = [python, "launch/train_vae.py", "--config", "arvae_tiny"]
+    extract = [python, "-m", "data_tools.extract_latents", "--corpus", str(corpus)]
+    return [
+        *stages,
+        Stage("scan videos", scan, corpus),
+        Stage("frame shards", [*shard, "--out", str(out / "frames")], out / "frames" / "manifest.json"),
+        Stage(
+            "train AR-VAE",
+            [*vae, "--data.shards", str(out / "frames"), "--run_dir", str(out / "arvae")],
+            out / "arvae" / "exit.json",
+        ),
+        Stage(
+            "extract latents",
+            [*extract, "--arvae", str(out / "arvae"), "--out", str(out / "latents")],
+            out / "latents" / "manifest.json",
+        ),
+    ]
+
+
+def stages_from_training(out: Path, num_classes: int) -> list[Stage]:
+    """From latent shards to samples and their measure."""
+    python, run = sys.executable, out / "dit"
+    gpus = torch.cuda.device_count()
+    ranks = min(2, gpus) if gpus else 2
+    ds_config = "ds_configs/zero2.json" if gpus else "ds_configs/zero2_cpu.json"
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    train = [*launcher, "--master_port", "PORT", "launch/train.py", "--config", "tiny", "--ds_config", ds_config]
+    sampling = ["--run", str(run), "--num_frames", str(FRAMES), *(["--guidance", "1.5"] if num_classes else [])]
+    data = ["--data", str(out / "latents" / "validation"), "--train_data", str(out / "latents")]
+    return [
+        Stage(
+            "train DiT",
+            [
+                *train,
+                *("--data.shards", str(out / "latents"), "--run_dir", str(run)),
+                *("--model.num_classes", str(num_classes)),
+            ],
+            run / "exit.json",
+        ),
+        Stage(
+            "sample",
+            [python, "launch/sample.py", *sampling, "--num_videos", str(VIDEOS), "--out", str(out / "samples")],
+            out / "samples" / "contact_sheet.png",
+        ),
+        Stage(
+            "evaluate",
+            [
+                *(python, "launch/evaluate.py", *sampling, *data),
+                *("--num_videos", "32", "--seed", "1", "--out", str(out / "evaluation.json")),
+            ],
+            out / "evaluation.json",
+        ),
+    ]
+
+
+def _environment() -> dict[str, str]:
+    """One thread per rank would be too few for single processes, so threads are left to the programs."""
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "DS_ACCELERATOR": accelerator, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _shorten(word: str) -> str:
+    """Paths inside the clone as one would type them there."""
+    path = Path(word)
+    if path.is_absolute() and path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return word
+
+
+def losses(run: Path) -> tuple[float, float]:
+    """Mean loss of the first and of the last three reports of a run."""
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
+    values = [float(json.loads(line)["loss"]) for line in lines]
+    return sum(values[:3]) / len(values[:3]), sum(values[-3:]) / len(values[-3:])
+
+
+def summary(demo: Demo, num_videos: int) -> str:
+    """What was made, the losses, the distances, and how to look at it."""
+    out = demo.out
+    lines = ["", "stage                seconds"]
+    lines += [f"{name:18s} {seconds:8.1f}  {note}".rstrip() for name, seconds, note in demo.table]
+    spent = sum(seconds for _, seconds, note in demo.table if not note)
+    lines += [f"{'this run':18s} {spent:8.1f}", ""]
+    lines += [f"made {VIDEOS} videos of {FRAMES} frames from {num_videos} training videos:"]
+    lines += [f"  {_shorten(str(out / 'samples'))}/video_*.mp4 and contact_sheet.png (a row per video)", ""]
+    for what, run in (("AR-VAE", out / "arvae"), ("DiT", out / "dit")):
+        first, last = losses(run)
+        lines.append(f"{what:7s} loss {first:.4f} -> {last:.4f} ({first / last:.1f} times smaller)")
+    distances = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["frechet"]
+    lines += ["", "Frechet distance to held-out latents (smaller is better):"]
+    lines += [f"  {name:18s} {distance:10.4f}" for name, distance in distances.items()]
+    lines += [f"  samples are {distances['noise'] / distances['samples']:.0f} times closer than noise"]
+    lines += ["", f"look at the training: .venv/bin/tensorboard --logdir {_shorten(str(out))}"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The program."""
+    parser = cli.parser("Run the whole system on a small scale.", "python launch/demo.py --out runs/demo --videos clips")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="a folder of videos (default: procedural clips)")
+    options = parser.parse_args()
+    if options.videos is not None and not options.videos.exists():
+        raise UserError(f"--videos {options.videos}: no such folder")
+    demo = Demo(options.out.resolve())
+    for stage in stages_before_training(demo.out, options.videos.resolve() if options.videos else None):
+        demo.run(stage)
+    corpus = read_corpus(demo.out / "corpus.jsonl")
+    found = classes(corpus)
+    for stage in stages_from_training(demo.out, len(found) if len(found) > 1 else 0):
+        demo.run(stage)
+    print(summary(demo, sum(entry.ok and entry.split == "train" for entry in corpus)))
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,85 @@
+"""Measure how close samples are to held-out data: Frechet distance between latents of single frames.
+
+    python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json
+
+For scale, the same distance is given for pure noise, for the untrained network and, with --train_data, for real
+training clips (what a perfect model that knows only the training set would reach).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
+
+from ardiff import cli
+from ardiff.config import Config
+from ardiff.data.dataset import ShardSet, open_shards
+from ardiff.data.latent_space import LatentSpace
+from ardiff.files import write_json
+from ardiff.metrics.frechet import frechet_distance
+from ardiff.models import DiT
+from ardiff.randomness import Stream, normals
+from ardiff.training.weights import load_dit
+from launch.sample import add_sampling_arguments, generate_with_bar, request_of
+
+
+def frame_features(latents: Tensor, space: LatentSpace) -> Tensor:
+    """Latents of the model [V, F, L, C] -> one feature vector a frame [V*F, L*C], as the decoder sees them."""
+    return torch.from_numpy(space.to_model(space.to_arvae(latents).numpy())).flatten(0, 1).flatten(1)
+
+
+def real_features(shards: ShardSet, space: LatentSpace) -> Tensor:
+    """Features of all frames of a data set."""
+    videos = [shards.read_latents(i, 0, int(shards.frames[i])) for i in range(len(shards))]
+    return torch.from_numpy(space.to_model(np.concatenate(videos))).flatten(1)
+
+
+def untrained(config: Config) -> DiT:
+    """The network as it was before the first step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return DiT(config.model).eval()
+
+
+def main() -> int:
+    """The program."""
+    parser = cli.parser(
+        "Measure how close samples are to held-out data.",
+        "python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json",
+    )
+    add_sampling_arguments(parser)
+    parser.add_argument("--data", required=True, metavar="LATENTS", help="held-out latent shards")
+    parser.add_argument("--train_data", metavar="LATENTS", help="latent shards of the training set, for scale")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
+    options = parser.parse_args()
+
+    network, config, space = load_dit(options.run, options.weights)
+    request = request_of(options, config)
+    held_out = real_features(open_shards(options.data, "latents"), space)
+    shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
+    noise = torch.stack([torch.from_numpy(normals(options.seed, Stream.SAMPLES, i, shape)) for i in range(request.num_videos)])
+    sets = {
+        "samples": frame_features(generate_with_bar(network, config, request), space),
+        "untrained network": frame_features(generate_with_bar(untrained(config), config, request), space),
+        "noise": frame_features(noise, space),
+    }
+    if options.train_data:
+        sets["training data"] = real_features(open_shards(options.train_data, "latents"), space)
+    distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
+    print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
+    for name, distance in distances.items():
+        print(f"  {name:20s}{distance:10.4f}   ({len(sets[name])} frames)")
+    settings = {key: value for key, value in vars(replace(request, prefix=None)).items() if key != "prefix"}
+    write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
+    return cli.EXIT_OK
+
+
+if __name__ == "__main__":
+    cli.run(main)

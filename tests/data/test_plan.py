@@ -1,0 +1,195 @@
+import itertools
+import time
+
+import numpy as np
+import pytest
+from data_helpers import chi_square, write_latents
+
+from ardiff.data.dataset import open_shards
+from ardiff.data.plan import Plan, permute
+from ardiff.data.shards import read_manifest
+from ardiff.errors import UserError
+
+FRAMES = 4
+LENGTHS = ((5, 1, 16), (20, 7), (33, 2, 4, 9), (8,) * 40)
+FLAT = np.array([length for part in LENGTHS for length in part])
+COUNTS = [1, 2, 3, 4, 5, 16, 17, 64, 1000, 4097, 65537]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    write_latents(folder, LENGTHS, tokens=1, channels=1)
+    return open_shards(folder, "latents")
+
+
+def plan_of(shards, seed=0, num_frames=FRAMES, stride=1):
+    return Plan(shards, seed, num_frames=num_frames, stride=stride)
+
+
+def visits_per_video(num_frames=FRAMES, stride=1):
+    return np.maximum(1, FLAT // (num_frames * stride))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 10**9), (-1, 3)])
+def test_permute_is_a_bijection(count, seed, epoch):
+    values = permute(np.arange(count), count, seed, epoch)
+    assert values.dtype == np.int64
+    assert np.array_equal(np.sort(values), np.arange(count))
+
+
+@pytest.mark.parametrize("count", [17, 1000])
+def test_permute_takes_places_one_by_one(count):
+    whole = permute(np.arange(count), count, 3, 5)
+    places = np.array([count - 1, 0, 7, 7, 3])
+    assert np.array_equal(permute(places, count, 3, 5), whole[places])
+    assert [permute(np.array([place]), count, 3, 5)[0] for place in places] == whole[places].tolist()
+
+
+def test_permute_is_pinned():
+    # a run that is resumed after an update must not see other data
+    assert permute(np.arange(10), 10, 0, 0).tolist() == [5, 7, 8, 1, 2, 4, 9, 3, 6, 0]
+    assert permute(np.arange(10), 10, 0, 1).tolist() == [1, 0, 8, 7, 9, 2, 5, 4, 6, 3]
+
+
+def test_permute_changes_with_seed_and_epoch():
+    orders = {permute(np.arange(100), 100, seed, epoch).tobytes() for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+
+
+@pytest.mark.parametrize("count", [8, 10])
+def test_permute_sends_every_place_everywhere_alike(count):
+    # over many epochs: also where the network works on 4 bits only
+    epochs = 4000
+    table = np.stack([permute(np.arange(count), count, 1, epoch) for epoch in range(epochs)])
+    for place in range(count):
+        observed = np.bincount(table[:, place], minlength=count)
+        assert chi_square(observed, np.full(count, epochs / count)) < 1
+    # nor do neighbours stay neighbours: the first two places are any distance apart
+    difference = (table[:, 1] - table[:, 0]) % count
+    assert chi_square(np.bincount(difference, minlength=count)[1:], np.full(count - 1, epochs / (count - 1))) < 1
+
+
+@pytest.mark.parametrize(("num_frames", "stride"), [(4, 1), (4, 2), (1, 1), (16, 1), (3, 5)])
+def test_every_visit_comes_exactly_once_per_epoch(shards, num_frames, stride):
+    plan = plan_of(shards, num_frames=num_frames, stride=stride)
+    expected = visits_per_video(num_frames, stride)
+    assert plan.visits_per_epoch == expected.sum()
+    for epoch in range(3):
+        visits = plan.visits(epoch * plan.visits_per_epoch, plan.visits_per_epoch)
+        assert np.array_equal(np.bincount(visits.video, minlength=len(FLAT)), expected)
+
+
+def test_order_differs_between_epochs_and_seeds(shards):
+    plan, other = plan_of(shards), plan_of(shards, seed=1)
+    size = plan.visits_per_epoch
+    orders = {one.visits(epoch * size, size).video.tobytes() for one in (plan, other) for epoch in range(4)}
+    assert len(orders) == 8
+    # a shuffle, not a rotation: neighbours in one epoch are no neighbours in the next
+    one, other = (set(itertools.pairwise(plan.visits(epoch * size, size).video.tolist())) for epoch in (0, 1))
+    assert len(one & other) < size / 4
+
+
+def test_a_plan_is_a_pure_function_of_the_position(shards):
+    plan = plan_of(shards)
+    size = plan.visits_per_epoch
+    for position in (0, 5, size - 3, 3 * size - 1, 10**9):  # across the ends of epochs too
+        together = plan.visits(position, 40)
+        assert together.position.tolist() == list(range(position, position + 40))
+        singles = [plan_of(shards).visits(position + i, 1) for i in reversed(range(40))]
+        for column, parts in zip(together, zip(*reversed(singles), strict=True), strict=True):
+            assert np.array_equal(column, np.concatenate(parts))
+
+
+def test_a_batch_may_span_several_epochs(shards):
+    plan = plan_of(shards)
+    size = plan.visits_per_epoch
+    whole = plan.visits(3, 3 * size)
+    expected = visits_per_video()
+    for epoch in (1, 2):
+        start = epoch * size - 3
+        counts = np.bincount(whole.video[start : start + size], minlength=len(FLAT))
+        assert np.array_equal(counts, expected)
+
+
+def test_batch_and_visits_tell_the_same(shards):
+    plan = plan_of(shards)
+    visits, batch = plan.visits(11, 30), plan.batch(11, 30)
+    assert [visit.video for visit in batch] == visits.video.tolist()
+    assert [visit.first_frame for visit in batch] == visits.first_frame.tolist()
+    assert [visit.position for visit in batch] == list(range(11, 41))
+    assert all(type(value) is int for visit in batch for value in visit)
+
+
+@pytest.mark.parametrize(("num_frames", "stride"), [(4, 1), (4, 2), (1, 1), (16, 1), (3, 5)])
+def test_clips_lie_inside_their_video(shards, num_frames, stride):
+    visits = plan_of(shards, num_frames=num_frames, stride=stride).visits(0, 2000)
+    lengths = FLAT[visits.video]
+    span = (num_frames - 1) * stride + 1
+    last = visits.first_frame + (visits.num_frames - 1) * stride
+    assert (visits.first_frame >= 0).all()
+    assert (last < lengths).all()
+    assert (visits.num_frames >= 1).all()
+    whole = lengths >= span
+    assert (visits.num_frames[whole] == num_frames).all()
+    # a short video begins at its start and gives all it has
+    assert (visits.first_frame[~whole] == 0).all()
+    assert np.array_equal(visits.num_frames[~whole], -(-lengths[~whole] // stride))
+
+
+@pytest.mark.parametrize(("num_frames", "stride"), [(4, 1), (4, 2), (16, 1)])
+def test_short_videos_are_counted(shards, num_frames, stride):
+    plan = plan_of(shards, num_frames=num_frames, stride=stride)
+    assert plan.num_short == sum(length < (num_frames - 1) * stride + 1 for length in FLAT)
+
+
+@pytest.mark.parametrize(("video", "stride", "choices"), [(5, 1, 30), (5, 2, 27), (2, 1, 13)])
+def test_crops_are_uniform_over_all_starts(shards, video, stride, choices):
+    visits = plan_of(shards, stride=stride).visits(0, 60_000)
+    starts = visits.first_frame[visits.video == video]
+    assert len(starts) > 1000
+    observed = np.bincount(starts, minlength=choices)
+    assert len(observed) == choices
+    assert chi_square(observed, np.full(choices, len(starts) / choices)) < 1
+
+
+def test_crops_change_with_epoch_visit_and_seed(shards):
+    plan = plan_of(shards)
+    size = plan.visits_per_epoch
+    starts = [
+        tuple(visits.first_frame[visits.video == 5])
+        for visits in (one.visits(e * size, size) for one in (plan, plan_of(shards, seed=1)) for e in range(3))
+    ]
+    assert len(set(starts)) == 6
+    assert len(set(starts[0])) > 1  # 8 visits of 33 frames in one epoch
+
+
+def test_a_far_position_is_as_quick_as_a_near_one(shards):
+    plan = plan_of(shards)
+    begin = time.perf_counter()
+    visits = plan.visits(10**12, 1024)
+    assert time.perf_counter() - begin < 0.5
+    assert visits.position[-1] == 10**12 + 1023
+    again = plan.visits(10**12 + 1000, 24)
+    assert np.array_equal(visits.video[1000:], again.video)
+    assert np.array_equal(visits.first_frame[1000:], again.first_frame)
+
+
+def test_a_plan_can_be_made_from_folder_manifest_or_shards(shards):
+    folder = shards.manifest.folder
+    expected = plan_of(shards).batch(0, 20)
+    for source in (folder, str(folder), folder / "manifest.json", read_manifest(folder)):
+        assert Plan(source, 0, num_frames=FRAMES).batch(0, 20) == expected
+
+
+def test_one_video_alone_is_visited_again_and_again(tmp_path):
+    write_latents(tmp_path, ((2,),), tokens=1, channels=1)
+    visits = plan_of(open_shards(tmp_path, "latents")).visits(0, 50)
+    assert visits.video.tolist() == [0] * 50
+    assert visits.num_frames.tolist() == [2] * 50
+
+
+def test_an_unknown_order_is_refused(shards):
+    with pytest.raises(UserError, match="lanes"):
+        Plan(shards, 0, order="lanes")

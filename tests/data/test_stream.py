@@ -1,0 +1,302 @@
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import all_latents, class_of, decoded, picture, write_frames, write_latents
+
+from ardiff.config import load
+from ardiff.data.dataset import open_shards
+from ardiff.data.latent_space import LatentSpace
+from ardiff.data.plan import Plan
+from ardiff.data.stream import BatchStream, FrameClips, LatentClips
+from ardiff.diffusion.timesteps import fopp_from_seeds
+from ardiff.randomness import Stream, hashed, normals
+
+FRAMES, TOKENS, CHANNELS, CLASSES = 4, 2, 4, 3
+GLOBAL, MICRO = 16, 2
+
+
+def settings(*overrides):
+    model = (f"model.num_frames={FRAMES}", f"model.tokens_per_frame={TOKENS}", f"model.num_classes={CLASSES}")
+    return load("tiny", [*model, "train.seed=5", "train.label_dropout=0.3", *overrides])
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    write_latents(folder)
+    return open_shards(folder, "latents")
+
+
+def parts_of(shards, config):
+    plan = Plan(shards, config.train.seed, num_frames=FRAMES, stride=config.data.stride)
+    return plan, LatentClips(shards, LatentSpace.of(shards.manifest, config.data.normalize), config)
+
+
+def take(shards, count, config=None, **options):
+    """The next `count` batches of one rank."""
+    plan, clips = parts_of(shards, config or settings())
+    options = {"global_batch_size": GLOBAL, "micro_batch_size": MICRO, **options}
+    stream = BatchStream(plan, clips, **options)
+    try:
+        return [next(stream) for _ in range(count)]
+    finally:
+        stream.close()
+
+
+def assembled(shares, micro=MICRO):
+    """The global batch from all ranks' shares: micro-batch m of rank r stands at place (m * world + r) * micro."""
+    world = len(shares)
+    pieces = [shares[i % world].micro_batches[i // world] for i in range(GLOBAL // micro)]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def expected(shards):
+    """The first three global batches, as one rank reads them in one piece."""
+    return [assembled([batch], GLOBAL) for batch in take(shards, 3, micro_batch_size=GLOBAL)]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_number_of_ranks_sees_the_same_bytes(shards, expected, world, micro):
+    ranks = [take(shards, 3, rank=rank, world_size=world, micro_batch_size=micro) for rank in range(world)]
+    for number, shares in enumerate(zip(*ranks, strict=True)):
+        assert {share.position for share in shares} == {number * GLOBAL}
+        assert {share.size for share in shares} == {GLOBAL}
+        assert all(len(share.micro_batches) == GLOBAL // micro // world for share in shares)
+        together = assembled(shares, micro)
+        assert_equal(together, expected[number])
+        # what the loss is divided by is the same number on every rank: real frames of the global batch
+        assert {share.num_frames for share in shares} == {int(together["mask"].sum())}
+
+
+def test_batches_are_not_all_alike(expected):
+    assert set(expected[0]) == {"latents", "noise", "timesteps", "mask", "label"}
+    for name in ("latents", "noise", "timesteps"):
+        assert not torch.equal(expected[0][name], expected[1][name])
+    masks = torch.cat([batch["mask"] for batch in expected])
+    assert masks.any(dim=1).all()
+    assert not masks.all()  # the data set has short videos
+
+
+def test_resuming_equals_continuing(shards):
+    whole = take(shards, 6)
+    for start in (1, 4):
+        for resumed, continued in zip(take(shards, 6 - start, position=start * GLOBAL), whole[start:], strict=True):
+            assert (resumed.position, resumed.num_frames) == (continued.position, continued.num_frames)
+            for one, other in zip(resumed.micro_batches, continued.micro_batches, strict=True):
+                assert_equal(one, other)
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 8])
+def test_prefetching_changes_nothing(shards, expected, prefetch):
+    for batch, reference in zip(take(shards, 3, prefetch=prefetch), expected, strict=True):
+        assert_equal(assembled([batch]), reference)
+
+
+def test_a_batch_holds_what_the_plan_says(shards):
+    config = settings("data.stride=2")
+    plan, _ = parts_of(shards, config)
+    visits = plan.visits(GLOBAL, GLOBAL)
+    batch = assembled([take(shards, 2, config)[1]])
+    for i, (video, first, position, count) in enumerate(zip(*visits, strict=True)):
+        raw = all_latents()[video][first::2][:FRAMES].astype(np.float32)
+        assert len(raw) == count
+        assert batch["mask"][i].tolist() == [frame < count for frame in range(FRAMES)]
+        found = batch["latents"][i].numpy()
+        np.testing.assert_allclose(found[:count], raw / np.sqrt((raw**2).sum(-1, keepdims=True)), rtol=1e-5, atol=1e-6)
+        noise = normals(5, Stream.NOISE, position, (FRAMES, TOKENS, CHANNELS))
+        assert np.array_equal(batch["noise"][i].numpy(), noise)
+    keys = hashed(5, Stream.TIMESTEPS, visits.position)
+    assert torch.equal(batch["timesteps"], fopp_from_seeds(keys, FRAMES, 1000))
+    assert batch["mask"].dtype == torch.bool
+    assert batch["latents"].dtype == batch["noise"].dtype == torch.float32
+
+
+def test_timesteps_follow_the_configured_distribution(shards):
+    batch = assembled([take(shards, 1, settings("diffusion.timesteps=synchronous"))[0]])
+    assert (batch["timesteps"] == batch["timesteps"][:, :1]).all()
+    batch = assembled([take(shards, 1, settings("diffusion.num_timesteps=30", "sampling.num_steps=20"))[0]])
+    assert batch["timesteps"].max() < 30
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_labels_are_dropped_as_often_as_asked(shards, share):
+    config = settings(f"train.label_dropout={share}")
+    plan, clips = parts_of(shards, config)
+    visits = plan.visits(0, 2000)
+    label = clips(visits)["label"]
+    known = [class_of(video) for video in visits.video]
+    dropped = 0
+    for found, given in zip(label.tolist(), known, strict=True):
+        if given is None:
+            assert found == CLASSES
+        else:
+            assert found in (given, CLASSES)
+            dropped += found == CLASSES
+    labelled = sum(given is not None for given in known)
+    assert abs(dropped - share * labelled) <= 5 * (share * (1 - share) * labelled) ** 0.5
+
+
+def test_an_unconditional_model_gets_no_labels(shards):
+    batch = take(shards, 1, settings("model.num_classes=0"))[0].micro_batches[0]
+    assert set(batch) == {"latents", "noise", "timesteps", "mask"}
+
+
+def test_padding_is_zero_before_normalisation(shards):
+    # zero tokens cannot be brought to length 1: no NaN may come of it
+    batch = assembled([take(shards, 1)[0]])
+    hidden = batch["latents"][~batch["mask"]]
+    assert len(hidden)
+    assert torch.equal(hidden, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("kind", ["unit", "standardize", "none"])
+def test_normalisations(shards, kind):
+    manifest = shards.manifest
+    space = LatentSpace.of(manifest, kind)
+    raw = np.concatenate(all_latents())
+    found = space.to_model(raw)
+    assert found.dtype == np.float32
+    if kind == "unit":
+        np.testing.assert_allclose((found.astype(np.float64) ** 2).sum(-1), 1, rtol=1e-5)
+        cosine = (found * raw).sum(-1) / np.linalg.norm(raw.astype(np.float32), axis=-1)
+        np.testing.assert_allclose(cosine, 1, rtol=1e-3)
+    elif kind == "standardize":
+        flat = found.reshape(-1, CHANNELS)
+        np.testing.assert_allclose(flat.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(flat.std(0), 1, rtol=1e-5)
+        back = space.to_arvae(torch.from_numpy(found)).numpy()
+        np.testing.assert_allclose(back, raw.astype(np.float32), rtol=1e-4, atol=1e-5)
+    else:
+        assert np.array_equal(found, raw.astype(np.float32))
+    if kind != "standardize":  # the decoder normalises for itself
+        assert torch.equal(space.to_arvae(torch.from_numpy(found)), torch.from_numpy(found))
+
+
+@pytest.mark.parametrize("kind", ["unit", "standardize"])
+def test_normalisations_survive_constant_and_zero_latents(shards, kind):
+    space = LatentSpace.of(shards.manifest, kind)
+    space.std = [0.0] * CHANNELS
+    assert np.isfinite(space.to_model(np.zeros((3, TOKENS, CHANNELS), np.float16))).all()
+
+
+def test_a_latent_space_survives_its_checkpoint(shards):
+    space = LatentSpace.of(shards.manifest, "standardize")
+    assert LatentSpace(**space.as_json()) == space
+
+
+def test_frame_clips(tmp_path):
+    lengths, size = ((3, 1), (6,)), 16
+    write_frames(tmp_path, lengths, size)
+    shards = open_shards(tmp_path, "frames")
+    config = settings("vae.image_size=16", "vae.patch_size=8", "vae.num_tokens=2", "vae.channels=4")
+    clips = FrameClips(shards, config, num_frames=FRAMES)
+    plan = Plan(shards, config.train.seed, num_frames=FRAMES)
+    visits = plan.visits(4, 8)
+    batch = clips(visits)
+    assert batch["video"].shape == (8, FRAMES, 3, size, size)
+    assert batch["video"].dtype == torch.float32
+    for i, (video, first, position, count) in enumerate(zip(*visits, strict=True)):
+        frames = [decoded(picture(video, first + frame, size)) for frame in range(count)]
+        expected = np.stack(frames).transpose(0, 3, 1, 2).astype(np.float32) / 255
+        np.testing.assert_allclose(batch["video"][i, :count].numpy(), expected, rtol=1e-6)
+        assert not batch["video"][i, count:].any()
+        assert batch["mask"][i].tolist() == [frame < count for frame in range(FRAMES)]
+        noise = normals(5, Stream.POSTERIOR, position, (FRAMES, TOKENS, CHANNELS))
+        assert np.array_equal(batch["noise"][i].numpy(), noise)
+
+
+class Broken:
+    """Reads well until a position, then fails."""
+
+    def __init__(self, clips, position, error):
+        self.clips, self.position, self.error = clips, position, error
+
+    def __call__(self, visits):
+        if self.position in visits.position:
+            raise self.error
+        return self.clips(visits)
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt(), SystemExit(3)], ids=type)
+def test_an_error_surfaces_at_the_batch_that_it_concerns(shards, error):
+    plan, clips = parts_of(shards, settings())
+    broken = Broken(clips, 2 * GLOBAL + 3, error)
+    stream = BatchStream(plan, broken, global_batch_size=GLOBAL, micro_batch_size=MICRO)
+    assert next(stream).position == 0
+    assert next(stream).position == GLOBAL
+    with pytest.raises(type(error)) as caught:
+        next(stream)
+    assert caught.value is error
+    stream.close()
+    assert not stream._thread.is_alive()
+
+
+def ends(call):
+    """Whether a call comes back within seconds, by returning or raising."""
+
+    def quietly():
+        with contextlib.suppress(BaseException):
+            call()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(timeout=2)
+    return not thread.is_alive()
+
+
+def test_a_stream_that_broke_does_not_hang_a_consumer_that_asks_again(shards):
+    plan, clips = parts_of(shards, settings())
+    broken = Broken(clips, 0, OSError("disk gone"))
+    stream = BatchStream(plan, broken, global_batch_size=GLOBAL, micro_batch_size=MICRO)
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+    assert ends(lambda: next(stream))
+    stream.close()
+
+
+def test_a_closed_stream_does_not_hang_a_consumer_that_asks_again(shards):
+    plan, clips = parts_of(shards, settings())
+    stream = BatchStream(plan, clips, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=1)
+    stream.close()
+    assert ends(lambda: [next(stream) for _ in range(4)])  # more than can have been prepared
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_close_ends_the_thread(shards, taken):
+    plan, clips = parts_of(shards, settings())
+    stream = BatchStream(plan, clips, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=1)
+    for _ in range(taken):
+        next(stream)
+    stream.close()
+    assert not stream._thread.is_alive()
+    stream.close()  # twice does no harm
+
+
+def test_the_producer_stops_at_the_prefetch_limit(shards):
+    plan, clips = parts_of(shards, settings())
+    reached, asked = threading.Event(), []
+
+    def counting(visits):
+        asked.append(int(visits.position[0]))
+        if len(asked) == 3 * GLOBAL // MICRO:  # two batches in the queue, one in hand
+            reached.set()
+        return clips(visits)
+
+    stream = BatchStream(plan, counting, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=2)
+    assert reached.wait(timeout=10)
+    time.sleep(0.3)  # for what should not happen
+    assert len(asked) == 3 * GLOBAL // MICRO
+    stream.close()

@@ -1,0 +1,146 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ardiff.config import VAEConfig
+from ardiff.models import ARVAE
+from ardiff.models.arvae import ReconstructionObjective, local_average, token_places
+
+SMALL = VAEConfig(
+    image_size=16,
+    patch_size=4,
+    num_tokens=8,
+    channels=4,
+    hidden_size=16,
+    encoder_depth=1,
+    decoder_depth=1,
+    num_heads=2,
+    kl_weight=1e-5,
+)
+OTHERS = {
+    "prime numbers": {"image_size": 15, "patch_size": 5, "num_tokens": 7, "channels": 3, "hidden_size": 6},
+    "single pixels": {"image_size": 4, "patch_size": 1, "num_tokens": 2, "channels": 1},
+    "one patch, one token": {"patch_size": 16, "num_tokens": 1},
+    "more tokens than patches": {"patch_size": 8, "num_tokens": 64, "hidden_size": 32},
+    "deep": {"encoder_depth": 3, "decoder_depth": 4},
+}
+
+
+def frames(config, batch=2, num_frames=3):
+    """A video of noise."""
+    return torch.rand(batch, num_frames, 3, config.image_size, config.image_size)
+
+
+def batch_of(config, video, noise=0.0):
+    """A training batch in which every frame counts."""
+    latents = torch.randn(*video.shape[:2], config.num_tokens, config.channels)
+    return {"video": video, "noise": noise * latents, "mask": torch.ones(video.shape[:2], dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS.keys())
+def test_shapes_of_any_size(options):
+    config = dataclasses.replace(SMALL, **options)
+    model, video = ARVAE(config), frames(config)
+    latents = model.encode(video)
+    assert latents.shape == (2, 3, config.num_tokens, config.channels)
+    assert all(part.shape == latents.shape for part in model.posterior(video))
+    decoded = model.decode(latents)
+    assert decoded.shape == video.shape
+    assert decoded.isfinite().all()
+
+
+def test_encode_is_the_posterior_mean_not_normalised():
+    model, video = ARVAE(SMALL), frames(SMALL)
+    latents = model.encode(video)
+    assert torch.equal(latents, model.posterior(video)[0])
+    assert not torch.allclose(latents.norm(dim=-1), torch.ones(2, 3, SMALL.num_tokens))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 32, 32), (1, 3, 16, 16), (1, 1, 1, 16, 16)])
+def test_frames_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \[B, F, 3, 16, 16\]"):
+        ARVAE(SMALL).encode(torch.rand(shape))
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_frames_are_independent(direction):
+    model, video = ARVAE(SMALL), frames(SMALL)
+    function = getattr(model, direction)
+    first = video if direction == "encode" else model.encode(video)
+    second = torch.rand_like(first)
+    second[1, 1] = first[1, 1]
+    one, other = function(first), function(second)
+    assert torch.equal(one[1, 1], other[1, 1])
+    assert not torch.allclose(one[0, 1], other[0, 1])
+
+
+def test_only_the_direction_of_a_token_is_decoded():
+    model = ARVAE(SMALL).double()
+    latents = torch.randn(2, 3, SMALL.num_tokens, SMALL.channels, dtype=torch.float64)
+    lengths = torch.rand(2, 3, SMALL.num_tokens, 1, dtype=torch.float64) * 5 + 0.1
+    expected = model.decode(F.normalize(latents, dim=-1))
+    torch.testing.assert_close(model.decode(lengths * latents), expected)
+    assert not torch.allclose(model.decode(-latents), expected)
+
+
+def test_tokens_start_at_their_places():
+    places = token_places(12)  # 3 rows of 4
+    assert len(places.unique(dim=0)) == 12
+    torch.testing.assert_close(places.mean(0), torch.full((2,), 0.5))
+    torch.testing.assert_close(places[0], torch.tensor([1 / 6, 1 / 8]))
+    weights = local_average(places, places)
+    torch.testing.assert_close(weights.sum(1), torch.ones(12))
+    assert torch.equal(weights.argmax(1), torch.arange(12))
+
+
+def test_masked_frames_count_as_nothing():
+    objective, video = ReconstructionObjective(SMALL), frames(SMALL)
+    batch = batch_of(SMALL, video, noise=1.0)
+    kept = objective({name: value[:, :2] for name, value in batch.items()})
+    batch["mask"] = batch["mask"].clone()
+    batch["mask"][:, 2] = False
+    masked = objective(batch)
+    assert masked.keys() == kept.keys() == {"loss", "mse", "kl"}
+    for name, terms in masked.items():
+        for term, expected in zip(terms, kept[name], strict=True):
+            torch.testing.assert_close(term, expected)
+    batch["video"][:, 2] = 7.0
+    assert torch.equal(objective(batch)["loss"][0], masked["loss"][0])
+
+
+def test_loss_is_the_mean_over_pixels():
+    config = dataclasses.replace(SMALL, kl_weight=0.0, l1_weight=0.25)
+    objective, video = ReconstructionObjective(config), frames(SMALL)
+    terms = objective(batch_of(config, video))
+    difference = objective.network.decode(objective.network.encode(video)) - video
+    expected = 0.75 * difference.square().mean() + 0.25 * difference.abs().mean()
+    torch.testing.assert_close((terms["loss"][0] / terms["loss"][1]).float(), expected)
+    torch.testing.assert_close((terms["mse"][0] / terms["mse"][1]).float(), difference.square().mean())
+
+
+def test_kl_is_zero_for_a_standard_normal_posterior():
+    objective = ReconstructionObjective(SMALL)
+    with torch.no_grad():
+        objective.network.to_latents.weight.zero_()
+        objective.network.to_latents.bias.zero_()
+    assert objective(batch_of(SMALL, frames(SMALL)))["kl"][0] == 0
+
+
+def test_four_frames_are_learnt():
+    objective = ReconstructionObjective(SMALL)
+    video = F.interpolate(torch.rand(4, 3, 4, 4), size=(16, 16), mode="bilinear")[:, None]
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(150):
+        total, count = objective(batch_of(SMALL, video, noise=1.0))["loss"]
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.25 * sum(losses[:10])
+    rebuilt = objective.network.decode(objective.network.encode(video))
+    mean_color = video.mean(dim=(3, 4), keepdim=True)
+    assert (rebuilt - video).square().mean() < 0.25 * (mean_color - video).square().mean()
