@@ -29,7 +29,15 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7.1", "xformers==0.0.35", "nvidia-ml-py>=12"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
         "dev": ["ardiff[test]", "pre-commit>=4"],
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,9 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 
+# A full or read-only disk and missing permissions are not bugs of the program.
+_USERS_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a program: a UserError becomes one line on stderr and exit code 2, Ctrl-C becomes 130."""
@@ -23,12 +27,17 @@ def run(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         complain(error)
         code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
     except BrokenPipeError:  # `program | head`: whoever read us has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_OK
+    except OSError as error:
+        if error.errno not in _USERS_ERRNOS:
+            raise
+        complain(UserError(f"{error.filename or 'writing'}: {error.strerror}"))
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

@@ -170,6 +170,8 @@ def load(preset_or_yaml: str, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     problems += _impossible(config)
+    if len(problems) == 1:
+        raise UserError(f"configuration refused: {problems[0]}")
     if problems:
         raise UserError("configuration refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
@@ -282,32 +284,34 @@ def _bad_choices(section: Any, prefix: str) -> Iterator[str]:
             yield f"{prefix}{item.name} = '{value}' must be one of {', '.join(choices)}{hint}"
 
 
+POSITIVE = {
+    "model": ("num_frames", "tokens_per_frame", "in_channels", "hidden_size", "depth", "num_heads", "block"),
+    "vae": ("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
+    "train": ("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
+    "data": ("stride", "prefetch"),
+    "sampling": ("num_videos", "num_steps"),
+    "diffusion": ("num_timesteps",),
+}
+
+
 def _impossible(config: Config) -> Iterator[str]:
-    """Values of the right type that cannot work together, each with the arithmetic."""
+    """Values of the right type that cannot work, alone or together, each with the arithmetic."""
     yield from _bad_choices(config, "")
-    model, vae, train, sampling = config.model, config.vae, config.train, config.sampling
-    positive = {
-        "model": (
-            "num_frames",
-            "tokens_per_frame",
-            "in_channels",
-            "hidden_size",
-            "depth",
-            "num_heads",
-            "block",
-        ),
-        "vae": ("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
-        "train": ("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
-        "data": ("stride", "prefetch"),
-        "sampling": ("num_videos", "num_steps"),
-        "diffusion": ("num_timesteps",),
-    }
-    for section, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value < 1:
-                yield f"{section}.{name} = {value} must be at least 1"
-                return  # the arithmetic below would divide by it
+    too_small = [
+        f"{section}.{name} = {value} must be at least 1"
+        for section, names in POSITIVE.items()
+        for name in names
+        if (value := getattr(getattr(config, section), name)) < 1
+    ]
+    yield from too_small
+    if not too_small:  # the arithmetic below divides by them
+        yield from _impossible_networks(config)
+        yield from _impossible_training(config)
+        yield from _impossible_sampling(config)
+
+
+def _impossible_networks(config: Config) -> Iterator[str]:
+    model, vae = config.model, config.vae
     for name, width, heads in (
         ("model", model.hidden_size, model.num_heads),
         ("vae", vae.hidden_size, vae.num_heads),
@@ -316,19 +320,31 @@ def _impossible(config: Config) -> Iterator[str]:
             yield f"{name}.hidden_size / {name}.num_heads = {width} / {heads} must be an even whole number"
     if vae.image_size % vae.patch_size:
         yield f"vae.image_size = {vae.image_size} is no multiple of vae.patch_size = {vae.patch_size}"
+    if model.mask != "block_causal" and model.block != 1:
+        yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
+
+
+def _impossible_training(config: Config) -> Iterator[str]:
+    train = config.train
     if train.global_batch_size % train.micro_batch_size:
         yield (
             f"train.global_batch_size = {train.global_batch_size} is no multiple of "
             f"train.micro_batch_size = {train.micro_batch_size}"
         )
-    if model.mask != "block_causal" and model.block != 1:
-        yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
     if any(phase.steps < 1 or phase.lr <= 0 for phase in train.phases) or not train.phases:
         yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
     if len(train.betas) != 2:
         yield f"train.betas = {train.betas} must be two numbers"
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"
+    if not 0 <= train.label_dropout <= 1:
+        yield f"train.label_dropout = {train.label_dropout} must lie between 0 and 1"
+    if not 0 <= train.ema_decay < 1:
+        yield f"train.ema_decay = {train.ema_decay} must lie in [0, 1)"
+
+
+def _impossible_sampling(config: Config) -> Iterator[str]:
+    sampling = config.sampling
     if not 0 <= sampling.gap <= sampling.num_steps:
         yield f"sampling.gap = {sampling.gap} must lie between 0 and sampling.num_steps = {sampling.num_steps}"
     if sampling.num_steps >= config.diffusion.num_timesteps:
@@ -336,7 +352,3 @@ def _impossible(config: Config) -> Iterator[str]:
             f"sampling.num_steps = {sampling.num_steps} must be less than "
             f"diffusion.num_timesteps = {config.diffusion.num_timesteps}"
         )
-    if not 0 <= train.label_dropout <= 1:
-        yield f"train.label_dropout = {train.label_dropout} must lie between 0 and 1"
-    if not 0 <= train.ema_decay < 1:
-        yield f"train.ema_decay = {train.ema_decay} must lie in [0, 1)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ CHUNK = 1 << 20
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp.{platform.node()}.{os.getpid()}")
     try:
         yield temporary
         sync(temporary)
@@ -57,8 +58,8 @@ def sha256(path: Path) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left behind in `folder` (its own writes only, never results)."""
-    for path in folder.glob(".*.tmp.*"):
+    """Delete temporary files that killed processes of this machine left behind in `folder`."""
+    for path in folder.glob(f".*.tmp.{platform.node()}.*"):
         owner = path.name.rsplit(".", 1)[-1]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
             path.unlink(missing_ok=True)

@@ -194,7 +194,8 @@ def summary(demo: Demo, num_videos: int) -> str:
 
 def main() -> int:
     """The program."""
-    parser = cli.parser("Run the whole system on a small scale.", "python launch/demo.py --out runs/demo --videos clips")
+    example = "python launch/demo.py --out runs/demo --videos clips"
+    parser = cli.parser("Run the whole system on a small scale.", example)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", metavar="DIR")
     parser.add_argument("--videos", type=Path, metavar="DIR", help="a folder of videos (default: procedural clips)")
     options = parser.parse_args()

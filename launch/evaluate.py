@@ -64,11 +64,11 @@ def main() -> int:
     request = request_of(options, config)
     held_out = real_features(open_shards(options.data, "latents"), space)
     shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
-    noise = torch.stack([torch.from_numpy(normals(options.seed, Stream.SAMPLES, i, shape)) for i in range(request.num_videos)])
+    noise = np.stack([normals(options.seed, Stream.SAMPLES, i, shape) for i in range(request.num_videos)])
     sets = {
         "samples": frame_features(generate_with_bar(network, config, request), space),
         "untrained network": frame_features(generate_with_bar(untrained(config), config, request), space),
-        "noise": frame_features(noise, space),
+        "noise": frame_features(torch.from_numpy(noise), space),
     }
     if options.train_data:
         sets["training data"] = real_features(open_shards(options.train_data, "latents"), space)

@@ -44,8 +44,9 @@ def build_job(config: Config) -> Job:
             f"{config.data.shards}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
             f"model.in_channels = {needed[0]} x {needed[1]}"
         )
-    if model.num_classes and model.num_classes != len(shards.manifest.classes):
-        raise UserError(f"model.num_classes = {model.num_classes}, but the data have {len(shards.manifest.classes)} classes")
+    classes = len(shards.manifest.classes)
+    if model.num_classes and model.num_classes != classes:
+        raise UserError(f"model.num_classes = {model.num_classes}, but the data have {classes} classes")
     space = LatentSpace.of(shards.manifest, config.data.normalize)
     preview, note = _preview(config, space)
     return Job(

@@ -36,9 +36,9 @@ class ShardSet:
         self._row_shard = np.repeat(np.arange(len(tables)), np.diff(rows_before))
         video_of_row = self._rows["sample"] + samples_before[self._row_shard]
         self._first_row = np.searchsorted(video_of_row, np.arange(samples_before[-1]))
-        self.frames = np.bincount(
-            video_of_row, weights=self._rows["frames"], minlength=samples_before[-1]
-        ).astype(np.int64)
+        self.frames = np.bincount(video_of_row, weights=self._rows["frames"], minlength=samples_before[-1]).astype(
+            np.int64
+        )
         self.labels = self._rows["label"][self._first_row]
         digest = [[shard.file, shard.sha256] for shard in manifest.shards]
         self.identity = hashlib.sha256(json.dumps([manifest.kind, digest]).encode()).hexdigest()
@@ -106,6 +106,8 @@ def open_shards(source: str | Path, kind: str) -> ShardSet:
     path = Path(text)
     if path.is_dir() or path.suffix == ".json":
         manifest = read_manifest(path)
+    elif path.suffix != ".tar":
+        raise UserError(f"{text}: no such folder, manifest or tar files")
     else:
         names = [Path(name) for name in braceexpand.braceexpand(text)]
         if any(character in text for character in "*?["):

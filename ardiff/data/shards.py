@@ -116,9 +116,7 @@ def encode_array(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(
-    folder: Path, name: str, samples: Iterable[Sample], moments: Moments | None = None
-) -> ShardEntry:
+def write_shard(folder: Path, name: str, samples: Iterable[Sample], moments: Moments | None = None) -> ShardEntry:
     """Write tar, index and done marker of one shard, each atomically, the marker last.
 
     `samples` is consumed while writing, so a shard may be larger than memory; `moments` is read after that.
@@ -198,9 +196,7 @@ def _read_latents_header(stream: io.BufferedReader, name: str) -> tuple[int, ...
     except (ValueError, KeyError) as error:
         raise UserError(f"{name} is not a plain .npy file ({error})") from error
     if fortran or dtype != np.float16 or len(shape) != 3:
-        raise UserError(
-            f"{name} must be float16 [frames, tokens, channels] in C order, found {dtype} {shape}"
-        )
+        raise UserError(f"{name} must be float16 [frames, tokens, channels] in C order, found {dtype} {shape}")
     return shape
 
 
@@ -208,14 +204,14 @@ def write_manifest(
     folder: Path, kind: str, shards: list[ShardEntry], classes: list[str], details: dict[str, Any]
 ) -> Manifest:
     """Write manifest.json (atomically, after all shards are complete)."""
-    value = {
+    common = {
         "format": FORMAT_VERSION,
         "kind": kind,
         "classes": classes,
         "shards": [asdict(shard) for shard in shards],
-        **details,
     }
-    write_json(folder / MANIFEST, value)
+    assert not common.keys() & details.keys(), f"details may not be called {sorted(common)}"
+    write_json(folder / MANIFEST, {**common, **details})
     return Manifest(folder, kind, shards, classes, details)
 
 

@@ -33,9 +33,7 @@ class Schedule:
         if prediction not in PREDICTIONS:
             raise UserError(f"prediction '{prediction}' must be one of {', '.join(PREDICTIONS)}")
         if not 0 < beta_start <= beta_end < 1:
-            raise UserError(
-                f"betas must satisfy 0 < beta_start <= beta_end < 1, found {beta_start}, {beta_end}"
-            )
+            raise UserError(f"betas must satisfy 0 < beta_start <= beta_end < 1, found {beta_start}, {beta_end}")
         self.num_timesteps, self.prediction = num_timesteps, prediction
         self.betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64) ** 2
         self.alphas_cumprod = torch.cumprod(1 - self.betas, dim=0)

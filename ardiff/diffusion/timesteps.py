@@ -43,9 +43,7 @@ def _urn(u: Tensor, values: Tensor | int) -> Tensor:
 def _fopp(u: Tensor, num_frames: int, num_timesteps: int) -> Tensor:
     frame = _below(u[:, 0], num_frames)[:, None]
     anchor = _below(u[:, 1], num_timesteps)[:, None]
-    slot = torch.arange(
-        num_frames - 1
-    )  # the frames other than the anchor; slots below `frame` come before it
+    slot = torch.arange(num_frames - 1)  # the frames other than the anchor; slots below `frame` come before it
     before = slot < frame
     # One urn per side. Slot numbers within the later side start anew, so both urns run through one loop.
     order = torch.where(before, slot, slot - frame)
@@ -97,9 +95,7 @@ def draw_from_seeds(name: str, seeds: Tensor | np.ndarray, num_frames: int, num_
     return _named(name)(u, num_frames, num_timesteps)
 
 
-def fopp(
-    batch_size: int, num_frames: int, num_timesteps: int, generator: torch.Generator | None = None
-) -> Tensor:
+def fopp(batch_size: int, num_frames: int, num_timesteps: int, generator: torch.Generator | None = None) -> Tensor:
     """FoPP timesteps [B, F] (int64, 0..T-1, non-decreasing along F), AR-Diffusion Algorithm 1."""
     return draw("fopp", batch_size, num_frames, num_timesteps, generator)
 

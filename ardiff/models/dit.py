@@ -75,9 +75,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(config, layer)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
@@ -85,9 +83,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, N + F*L, D], condition [B, F, D] -> [B, N + F*L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        out = self.attention(
-            modulate(self.norm1(x), shift1, scale1, num_context), num_context, first_frame, cache
-        )
+        out = self.attention(modulate(self.norm1(x), shift1, scale1, num_context), num_context, first_frame, cache)
         x = x + gated(out, gate1, num_context)
         out = self.mlp(modulate(self.norm2(x), shift2, scale2, num_context))
         return x + gated(out, gate2, num_context)
@@ -123,10 +119,9 @@ class DiT(nn.Module):
         nn.init.normal_(self.slot_embed, std=0.02)
         if self.label_embed is not None:
             nn.init.normal_(self.label_embed.weight, std=0.02)
-        zeroed = [block.modulation for block in self.blocks] + [self.final_modulation, self.final]
-        for layer in zeroed:
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for name, parameter in self.named_parameters():
+            if "modulation." in name or name.startswith("final."):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,

@@ -16,12 +16,10 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(SINUSOIDS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(SINUSOIDS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        weight: Tensor = self.mlp[0].weight  # type: ignore[assignment, union-attr]
+        weight: Tensor = self.mlp[0].weight  # type: ignore[assignment]
         half = SINUSOIDS // 2
         exponents = torch.arange(half, dtype=torch.float64, device=t.device) / half
         angles = t.double()[..., None] * torch.exp(-math.log(10000.0) * exponents)

@@ -21,17 +21,11 @@ def ad_levels(num_frames: int, num_steps: int, gap: int, block: int = 1, prefix:
     There are S + (generated blocks - 1) * gap rows. `S - levels[1:]` is the progress index of the reference.
     """
     if num_frames < 1 or num_steps < 1 or block < 1:
-        raise UserError(
-            f"num_frames = {num_frames}, num_steps = {num_steps} and block = {block} must be at least 1"
-        )
+        raise UserError(f"num_frames = {num_frames}, num_steps = {num_steps} and block = {block} must be at least 1")
     if not 0 <= gap <= num_steps:
-        raise UserError(
-            f"gap = {gap} must lie between 0 (synchronous) and num_steps = {num_steps} (frame by frame)"
-        )
+        raise UserError(f"gap = {gap} must lie between 0 (synchronous) and num_steps = {num_steps} (frame by frame)")
     if not 0 <= prefix < num_frames:
-        raise UserError(
-            f"prefix = {prefix} frames must leave something to generate of num_frames = {num_frames}"
-        )
+        raise UserError(f"prefix = {prefix} frames must leave something to generate of num_frames = {num_frames}")
     blocks = torch.arange(num_frames) // block
     waiting = (blocks - prefix // block) * gap  # rows before the block's first update
     rows = num_steps + int(waiting[-1])

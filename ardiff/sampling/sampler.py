@@ -42,9 +42,7 @@ class Guidance:
         if scale == 1.0:
             return cls(scale, label, context)
         if label is None and context is None:
-            raise UserError(
-                f"guidance = {scale} needs a label or a context to guide towards; use guidance = 1"
-            )
+            raise UserError(f"guidance = {scale} needs a label or a context to guide towards; use guidance = 1")
         if context is not None and null_context is None:
             raise UserError("guidance with a context needs null_context")
         both = None if label is None else torch.cat([torch.full_like(label, null_label), label])
@@ -123,16 +121,12 @@ def sample(
     return x
 
 
-def _predict_x0(
-    model: Model, x: Tensor, t: Tensor, schedule: Schedule, guide: Guidance, kv: KVCache | None
-) -> Tensor:
+def _predict_x0(model: Model, x: Tensor, t: Tensor, schedule: Schedule, guide: Guidance, kv: KVCache | None) -> Tensor:
     stacked, t_stacked = x.repeat(guide.branches, 1, 1, 1), t.repeat(guide.branches, 1)
     arguments: dict[str, Any] = {"label": guide.label, "context": guide.context}
     if kv is not None:
         arguments["cache"] = kv
-    output = model(
-        stacked, t_stacked, **{key: value for key, value in arguments.items() if value is not None}
-    )
+    output = model(stacked, t_stacked, **{key: value for key, value in arguments.items() if value is not None})
     return guide.combine(schedule.to_x0(output, stacked, t_stacked))
 
 

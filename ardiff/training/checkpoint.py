@@ -62,7 +62,13 @@ def step_directory(run_dir: Path, step: int) -> Path:
 
 
 def save(
-    run_dir: Path, state: State, flat: FlatState, ema: ShardedEMA, objective: torch.nn.Module, config: Config, world: World
+    run_dir: Path,
+    state: State,
+    flat: FlatState,
+    ema: ShardedEMA,
+    objective: torch.nn.Module,
+    config: Config,
+    world: World,
 ) -> Path:
     """Write one checkpoint (collective). Raises UserError on every rank if any rank could not write its part."""
     final = step_directory(run_dir, state.step)
@@ -113,7 +119,8 @@ def _finish(temporary: Path, final: Path, entries: list[dict[str, Any]], state: 
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"{final}: the checkpoint could not be written ({error}); earlier ones are intact, make room and start again"
+            f"{final}: the checkpoint could not be written ({error}); "
+            "earlier ones are intact, make room and start again"
         ) from error
 
 
@@ -167,7 +174,7 @@ def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Te
     """A function (name, start, end) -> canonical range of a vector, cut from whichever rank files hold it."""
 
     def read(name: str, start: int, end: int) -> Tensor:
-        group = int(name.split(".")[0].removeprefix("group"))
+        group = int(name.partition(".")[0].removeprefix("group"))
         parts = []
         for rank, slices in enumerate(state.slices):
             low, high = max(start, slices[group][0]), min(end, slices[group][1])

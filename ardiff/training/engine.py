@@ -52,7 +52,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"--ds_config {path}: fp16 is not supported, use bf16 (or neither, for fp32)")
     if settings["zero_optimization"].get("round_robin_gradients"):
-        raise UserError(f"--ds_config {path}: round_robin_gradients reorders the state that checkpoints hold; remove it")
+        raise UserError(f"--ds_config {path}: remove round_robin_gradients, it reorders what checkpoints hold")
     return settings
 
 

@@ -146,9 +146,7 @@ class Trainer:
             latent_space=self.job.latent_space.as_json() if self.job.latent_space else None,
             versions=run_dir.versions(),
         )
-        path = checkpoint.save(
-            self.folder, state, self.flat, self.ema, self.engine.objective, self.config, self.world
-        )
+        path = checkpoint.save(self.folder, state, self.flat, self.ema, self.engine.objective, self.config, self.world)
         if self.world.is_main:
             log.info("checkpoint %s", path)
 
@@ -156,11 +154,10 @@ class Trainer:
         """Sample videos with the averaged weights (all ranks enter, rank 0 draws)."""
         with self.ema.swapped_in():
             if writer is not None and self.job.preview is not None:
-                network = self.engine.objective.network
-                network.eval()
+                objective = self.engine.objective.eval()
                 with torch.no_grad():
-                    videos = self.job.preview(network)  # type: ignore[arg-type]
-                network.train()
+                    videos = self.job.preview(objective.network)  # type: ignore[arg-type]
+                objective.train()
                 for tag, video in videos.items():
                     writer.add_video(tag, video, self.step, self.config.sampling.fps)
             self.world.barrier()

@@ -37,13 +37,16 @@ def arguments(description: str, example: str, default_config: str) -> argparse.A
 
 
 def main(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -> int:
-    """Parse, check, train. `section` of the configuration is what a run_dir is made for. A user's mistake ends in one line, exit code 2 and run_dir/exit.json."""
+    """Parse, check, train. A user's mistake ends in one line, exit code 2 and run_dir/exit.json.
+
+    `section` of the configuration is what a run_dir is made for: another one there is refused.
+    """
     options, _ = parser.parse_known_args()
     distributed.launcher_environment()
     try:
         outcome = _train(parser, build_job, section)
     except UserError as error:
-        _record(options.run_dir, "user error: " + str(error).splitlines()[0], cli.EXIT_USER_ERROR, None)
+        _record(options.run_dir, "user error: " + " ".join(str(error).split()), cli.EXIT_USER_ERROR, None)
         raise
     except Exception as error:
         _record(options.run_dir, f"{type(error).__name__}: {error}", cli.EXIT_FAILURE, None)
@@ -66,9 +69,10 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -
     world = distributed.start(config.train.num_threads, config.train.collective_timeout_minutes)
     trainer = Trainer(job, options.run_dir, ds_settings, world)
     if world.is_main:
-        run_dir.describe(options.run_dir, config, trainer.engine.ds_config, world.size)
         _announce(job, trainer, options.run_dir)
-    trainer.resume()
+    trainer.resume()  # may still refuse, so nothing is written before it
+    if world.is_main:
+        run_dir.describe(options.run_dir, config, trainer.engine.ds_config, world.size)
     return train(trainer)
 
 
@@ -106,8 +110,8 @@ def _configure_logging() -> None:
 def _record(folder: Path | None, reason: str, code: int, step: int | None) -> None:
     if folder is None or os.environ.get("RANK", "0") != "0":
         return
-    if code == cli.EXIT_USER_ERROR and folder.exists() and not folder.is_dir():
-        return  # the mistake is the folder itself
+    if code == cli.EXIT_USER_ERROR and not run_dir.is_ours(folder):
+        return  # the mistake is the folder itself: leave it as it is
     try:
         run_dir.write_exit(folder, reason, code, step)
     except OSError as error:

@@ -21,6 +21,18 @@ log = logging.getLogger("ardiff")
 PACKAGES = ("ardiff", "torch", "deepspeed", "webdataset", "numpy", "flash-attn", "xformers")
 
 
+def is_ours(run_dir: Path) -> bool:
+    """True for the folder of a run, and for one that is empty or does not exist yet."""
+    if not run_dir.exists():
+        return True
+    return run_dir.is_dir() and ((run_dir / "config.yaml").is_file() or not _contents(run_dir))
+
+
+def _contents(run_dir: Path) -> list[Path]:
+    """What lies in a folder besides the note of an earlier refusal."""
+    return [path for path in run_dir.iterdir() if path.name != "exit.json"] if run_dir.is_dir() else []
+
+
 def check(run_dir: Path, config: Config, section: str, resume: str) -> None:
     """Refuse a run_dir that cannot be continued with this configuration. Changes nothing.
 
@@ -28,14 +40,13 @@ def check(run_dir: Path, config: Config, section: str, resume: str) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run_dir {run_dir}: is not a folder")
-    if not run_dir.is_dir() or not any(path.name != "exit.json" for path in run_dir.iterdir()):
+    if not _contents(run_dir):
         return
     if resume == "none":
         raise UserError(f"--run_dir {run_dir}: not empty and --resume none; choose another folder or use --resume auto")
-    file = run_dir / "config.yaml"
-    if not file.is_file():
+    if not is_ours(run_dir):
         raise UserError(f"--run_dir {run_dir}: not empty, and not the folder of a run (it has no config.yaml)")
-    old = load(str(file))
+    old = load(str(run_dir / "config.yaml"))
     changed = differences(getattr(old, section), getattr(config, section), f"{section}.")
     if changed:
         raise UserError(
@@ -55,7 +66,9 @@ def check_state(state: State, checkpoint: Path, config: Config, data_identity: s
         ("data.order", state.order, config.data.order, f"use --data.order {state.order}"),
     ):
         if old != new:
-            raise UserError(f"{checkpoint}: was trained with another {what} ({old} -> {new}); {remedy}, or a new --run_dir")
+            raise UserError(
+                f"{checkpoint}: was trained with another {what} ({old} -> {new}); {remedy}, or a new --run_dir"
+            )
 
 
 def describe(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int) -> None:
@@ -93,7 +106,9 @@ def versions() -> dict[str, str]:
 def _git(*arguments: str) -> str:
     root = Path(__file__).parent
     try:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -68,15 +69,95 @@ def test_output_is_zero_at_initialisation(options):
 
 
 def test_blocks_are_identities_at_initialisation():
-    # with only the last layers woken up, a frame depends on itself alone: attention is gated off
+    # to the last bit: the reference's blocks replace the residual stream by its normalised value
     model = DiT(SMALL).double()
-    randomize(model.final)
-    x, t, _ = inputs(model)
-    together = model(x, t)
-    assert together.abs().min() > 0
-    for frame in range(FRAMES):
-        part = slice(frame, frame + 1)
-        torch.testing.assert_close(model(x[:, part], t[:, part]), together[:, part], rtol=1e-12, atol=1e-12)
+    h, condition = torch.randn(BATCH, FRAMES * TOKENS, 24).double(), torch.randn(BATCH, FRAMES, 24).double()
+    for block in model.blocks:
+        assert torch.equal(block(h, condition, 0, 0, None), h)
+
+
+def by_hand(model, x, t, label=None, context=None):
+    """The network written out from its description, one video, frame and head at a time."""
+    config, weights = model.config, model.state_dict()
+    width, heads, length = config.hidden_size, config.num_heads, config.tokens_per_frame
+    size = width // heads
+
+    def linear(name, value):
+        return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(value):
+        return (value - value.mean(-1, keepdim=True)) / (value.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+
+    def unit(value, weight):
+        return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def silu(value):
+        return value / (1 + (-value).exp())
+
+    def gelu(value):
+        return value / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (value + 0.044715 * value**3)))
+
+    def rotate(value, frame):
+        """Pair k (numbers k and k + size / 2) turns by frame * theta^(-2k / size)."""
+        half = size // 2
+        angle = frame * config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        a, b = value[..., :half], value[..., half:]
+        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
+
+    videos = []
+    for video in range(len(x)):
+        frames = range(x.shape[1])
+        angles = t[video, :, None] * 10_000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+        condition = linear("t_embed.mlp.2", silu(linear("t_embed.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
+        if config.num_classes:
+            condition = condition + weights["label_embed.weight"][label[video]]
+        condition = silu(condition)
+        parts = [linear("x_embed", x[video, frame]) + weights["slot_embed"] for frame in frames]
+        if context is not None:  # context is frame -1: seen by all, seeing itself only, never modulated
+            parts = [linear("context_embed", context[video]), *parts]
+        numbers = list(range(len(frames) - len(parts), len(frames)))
+        for layer in range(config.depth):
+            name = f"blocks.{layer}"
+            modulations = linear(f"{name}.modulation", condition)
+            six = [modulations[frame].chunk(6) if frame >= 0 else (0.0, 0.0, 1.0) * 2 for frame in numbers]
+            qkv = [
+                linear(f"{name}.attention.qkv", norm(part) * (1 + m[1]) + m[0]).reshape(-1, 3, heads, size)
+                for part, m in zip(parts, six, strict=True)
+            ]
+            for i in range(len(parts)):
+                seen = [j for j in range(len(parts)) if numbers[j] <= numbers[i]]
+                outs = []
+                for head in range(heads):
+                    q, k = (
+                        [
+                            rotate(
+                                unit(qkv[j][:, which, head], weights[f"{name}.attention.{norms}.weight"]),
+                                max(numbers[j], 0),
+                            )
+                            for j in range(len(parts))
+                        ]
+                        for which, norms in ((0, "q_norm"), (1, "k_norm"))
+                    )
+                    scores = q[i] @ torch.cat([k[j] for j in seen]).T / size**0.5
+                    outs.append(scores.softmax(-1) @ torch.cat([qkv[j][:, 2, head] for j in seen]))
+                parts[i] = parts[i] + six[i][2] * linear(f"{name}.attention.proj", torch.cat(outs, -1))
+            for i, (_, _, _, shift, scale, gate) in enumerate(six):
+                hidden = linear(f"{name}.mlp.0", norm(parts[i]) * (1 + scale) + shift)
+                parts[i] = parts[i] + gate * linear(f"{name}.mlp.2", gelu(hidden))
+        shift, scale = linear("final_modulation", condition).chunk(2, dim=-1)
+        video_parts = parts[len(parts) - len(frames) :]
+        videos.append(torch.stack([linear("final", norm(video_parts[f]) * (1 + scale[f]) + shift[f]) for f in frames]))
+    return torch.stack(videos)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, CONTEXT, {"num_classes": 3, **CONTEXT}], ids=str)
+def test_the_network_equals_its_description(options):
+    # weights in files mean what this says: whoever changes it breaks every checkpoint
+    model = build(**options)
+    x, t, context = inputs(model)
+    label = torch.tensor([2, 0]) if options.get("num_classes") else None
+    expected = by_hand(model, x, t, label, context.get("context"))
+    torch.testing.assert_close(model(x, t, label, **context), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("change", ["content", "timestep"])

@@ -56,9 +56,7 @@ def frame_attention(
     if backend == "auto":
         backend = available_backends()[0]
     if backend not in _BACKENDS:
-        raise UserError(
-            f"attention backend '{backend}' is not available here; choose from {available_backends()}"
-        )
+        raise UserError(f"attention backend '{backend}' is not available here; choose from {available_backends()}")
     shape = FrameMask(
         num_queries=q.shape[2],
         num_keys=k.shape[2],

@@ -1,0 +1,108 @@
+"""Running programs as a user would, and reading what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+# The fields of metrics.jsonl that are a function of the step alone.
+EXACT = ("step", "samples", "loss", "grad_norm", "lr", "skipped_steps", "loss_by_decile", "loss_by_frame")
+
+# A DiT for latents of 2 x 4 numbers: a step takes milliseconds, so start-up dominates.
+SMALL = [
+    *("--config", "tiny", "--model.hidden_size", "32", "--model.num_heads", "2", "--model.depth", "2"),
+    *("--model.tokens_per_frame", "2", "--model.num_frames", "4", "--train.sample_every", "0"),
+    *("--train.log_every", "1", "--train.num_threads", "1"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(kind: str, ranks: int) -> list[str]:
+    if kind == "python":
+        assert ranks == 1
+        return [sys.executable]
+    if kind == "torchrun":
+        return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+
+
+def environment() -> dict[str, str]:
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in hidden}
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
+    return {**kept, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """A process group of its own, so that all of it can be signalled."""
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(command: list[str], timeout: float = 300) -> tuple[int, str]:
+    """Exit code and output; the whole group is killed on a time-out."""
+    process = start(command)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        kill_group(process)
+    return process.returncode, output
+
+
+def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def train(run_dir: Path, shards: Path, *extra: str, kind: str = "torchrun", ranks: int = 2) -> list[str]:
+    return [
+        *launcher(kind, ranks),
+        *("launch/train.py", "--ds_config", "ds_configs/zero2_cpu.json", *SMALL),
+        *("--data.shards", str(shards), "--run_dir", str(run_dir), *extra),
+    ]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(run_dir: Path) -> list[list]:
+    return [[line[key] for key in EXACT] for line in metrics(run_dir)]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until metrics.jsonl holds that step."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        file = run_dir / "metrics.jsonl"
+        if file.is_file() and file.read_bytes().count(b"\n") >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached within {timeout} s")
+
+
+def exit_record(run_dir: Path) -> dict:
+    return json.loads((run_dir / "exit.json").read_text())
