@@ -120,6 +120,7 @@ def test_a_user_error_is_a_value_error():
         ("model.dept=3", "did you mean 'model.depth'"),
         ("trian.seed=4", "did you mean 'train.seed'"),
         ("max_steps=3", "did you mean 'train.max_steps'"),
+        ("gap=3", "did you mean 'sampling.gap'"),  # no near spelling, but the name of one setting
         ("zzz=1", "sections are model, vae, diffusion, data, train, sampling"),
         ("model=3", "unknown setting 'model'"),
         ("model.mask=frame_casual", "did you mean 'frame_causal'"),

@@ -3,9 +3,9 @@
 A ViT encoder with L latent tokens and a ViT decoder with mask tokens (TiTok, Yu et al. 2024), trained with a
 continuous bottleneck: latents are normalised to unit length per token before decoding, so only their direction counts.
 
-Latent tokens start as local averages of the patches, and mask tokens as local averages of the latent tokens, through
-learned weights. Attention alone needs thousands of steps to find out where each token belongs: with this start the
-demo's auto-encoder gains 5 dB in its first few hundred.
+Latent tokens start as local averages of the patches, and mask tokens as local averages of the latent tokens,
+through learned weights: attention alone is slow to find out where each token belongs (on 64x64 demo clips, after
+240 steps at width 128, 20.1 dB with this start and 15.3 dB, no better than a plain colour, without).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ARVAE(nn.Module):
         self.decoder_positions = nn.Parameter(positions.clone())
         self.decoder = nn.Sequential(*(Layer(width, config.num_heads) for _ in range(config.decoder_depth)))
         self.decoder_norm = nn.LayerNorm(width)
-        self.margin = patch // 2  # each patch also paints this far into its neighbours: no seams, sharper edges
+        self.margin = patch // 2  # each patch also paints this far into its neighbours
         self.to_pixels = nn.Linear(width, 3 * (patch + 2 * self.margin) ** 2)
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -154,15 +154,13 @@ def test_crops_are_uniform_over_all_starts(shards, video, stride, choices):
     assert chi_square(observed, np.full(choices, len(starts) / choices)) < 1
 
 
-def test_crops_change_with_epoch_visit_and_seed(shards):
-    plan = plan_of(shards)
-    size = plan.visits_per_epoch
-    starts = [
-        tuple(visits.first_frame[visits.video == 5])
-        for visits in (one.visits(e * size, size) for one in (plan, plan_of(shards, seed=1)) for e in range(3))
-    ]
+def test_crops_change_with_epoch_visit_and_seed(tmp_path):
+    # one video only, so that the order of the videos cannot make the difference
+    write_latents(tmp_path, ((33,),), tokens=1, channels=1)
+    shards = open_shards(tmp_path, "latents")
+    starts = [tuple(plan_of(shards, seed).visits(8 * epoch, 8).first_frame) for seed in (0, 1) for epoch in range(3)]
     assert len(set(starts)) == 6
-    assert len(set(starts[0])) > 1  # 8 visits of 33 frames in one epoch
+    assert len(set(starts[0])) > 1
 
 
 def test_a_far_position_is_as_quick_as_a_near_one(shards):

@@ -77,10 +77,9 @@ def test_blocks_are_identities_at_initialisation():
 
 
 def by_hand(model, x, t, label=None, context=None):
-    """The network written out from its description, one video, frame and head at a time."""
+    """The network written out from its description, one frame at a time: x [F, L, C], t [F] -> [F, L, C]."""
     config, weights = model.config, model.state_dict()
-    width, heads, length = config.hidden_size, config.num_heads, config.tokens_per_frame
-    size = width // heads
+    heads, size = config.num_heads, config.hidden_size // config.num_heads
 
     def linear(name, value):
         return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -104,50 +103,35 @@ def by_hand(model, x, t, label=None, context=None):
         a, b = value[..., :half], value[..., half:]
         return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
 
-    videos = []
-    for video in range(len(x)):
-        frames = range(x.shape[1])
-        angles = t[video, :, None] * 10_000 ** (-torch.arange(128, dtype=torch.float64) / 128)
-        condition = linear("t_embed.mlp.2", silu(linear("t_embed.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
-        if config.num_classes:
-            condition = condition + weights["label_embed.weight"][label[video]]
-        condition = silu(condition)
-        parts = [linear("x_embed", x[video, frame]) + weights["slot_embed"] for frame in frames]
-        if context is not None:  # context is frame -1: seen by all, seeing itself only, never modulated
-            parts = [linear("context_embed", context[video]), *parts]
-        numbers = list(range(len(frames) - len(parts), len(frames)))
-        for layer in range(config.depth):
-            name = f"blocks.{layer}"
-            modulations = linear(f"{name}.modulation", condition)
-            six = [modulations[frame].chunk(6) if frame >= 0 else (0.0, 0.0, 1.0) * 2 for frame in numbers]
-            qkv = [
-                linear(f"{name}.attention.qkv", norm(part) * (1 + m[1]) + m[0]).reshape(-1, 3, heads, size)
-                for part, m in zip(parts, six, strict=True)
-            ]
-            for i in range(len(parts)):
-                seen = [j for j in range(len(parts)) if numbers[j] <= numbers[i]]
-                outs = []
-                for head in range(heads):
-                    q, k = (
-                        [
-                            rotate(
-                                unit(qkv[j][:, which, head], weights[f"{name}.attention.{norms}.weight"]),
-                                max(numbers[j], 0),
-                            )
-                            for j in range(len(parts))
-                        ]
-                        for which, norms in ((0, "q_norm"), (1, "k_norm"))
-                    )
-                    scores = q[i] @ torch.cat([k[j] for j in seen]).T / size**0.5
-                    outs.append(scores.softmax(-1) @ torch.cat([qkv[j][:, 2, head] for j in seen]))
-                parts[i] = parts[i] + six[i][2] * linear(f"{name}.attention.proj", torch.cat(outs, -1))
-            for i, (_, _, _, shift, scale, gate) in enumerate(six):
-                hidden = linear(f"{name}.mlp.0", norm(parts[i]) * (1 + scale) + shift)
-                parts[i] = parts[i] + gate * linear(f"{name}.mlp.2", gelu(hidden))
-        shift, scale = linear("final_modulation", condition).chunk(2, dim=-1)
-        video_parts = parts[len(parts) - len(frames) :]
-        videos.append(torch.stack([linear("final", norm(video_parts[f]) * (1 + scale[f]) + shift[f]) for f in frames]))
-    return torch.stack(videos)
+    angles = t[:, None] * 10_000 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    condition = linear("t_embed.mlp.2", silu(linear("t_embed.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
+    if label is not None:
+        condition = condition + weights["label_embed.weight"][label]
+    condition = silu(condition)
+    parts = [linear("x_embed", frame) + weights["slot_embed"] for frame in x]
+    numbers = list(range(len(x)))
+    if context is not None:  # as frame -1: seen by all, seeing itself only, neither modulated nor rotated
+        parts, numbers = [linear("context_embed", context), *parts], [-1, *numbers]
+    for layer in range(config.depth):
+        name = f"blocks.{layer}"
+        modulation = linear(f"{name}.modulation", condition)
+        six = [modulation[frame].chunk(6) if frame >= 0 else (0.0, 0.0, 1.0) * 2 for frame in numbers]
+        qkv = []
+        for part, frame, (shift, scale, _, _, _, _) in zip(parts, numbers, six, strict=True):
+            both = linear(f"{name}.attention.qkv", norm(part) * (1 + scale) + shift)
+            q, k, v = both.reshape(-1, 3, heads, size).unbind(1)
+            q, k = (unit(one, weights[f"{name}.attention.{n}_norm.weight"]) for one, n in ((q, "q"), (k, "k")))
+            qkv.append([rotate(q, max(frame, 0)), rotate(k, max(frame, 0)), v])
+        for i, (_, _, gate1, shift, scale, gate2) in enumerate(six):
+            k, v = (torch.cat([one[which] for one in qkv[: i + 1]]) for which in (1, 2))
+            scores = torch.einsum("qhd,khd->hqk", qkv[i][0], k) / size**0.5
+            out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+            parts[i] = parts[i] + gate1 * linear(f"{name}.attention.proj", out)
+            hidden = linear(f"{name}.mlp.0", norm(parts[i]) * (1 + scale) + shift)
+            parts[i] = parts[i] + gate2 * linear(f"{name}.mlp.2", gelu(hidden))
+    shift, scale = linear("final_modulation", condition).chunk(2, dim=-1)
+    video = parts[-len(x) :]
+    return torch.stack([linear("final", norm(video[f]) * (1 + scale[f]) + shift[f]) for f in range(len(x))])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_classes": 3}, CONTEXT, {"num_classes": 3, **CONTEXT}], ids=str)
@@ -156,8 +140,10 @@ def test_the_network_equals_its_description(options):
     model = build(**options)
     x, t, context = inputs(model)
     label = torch.tensor([2, 0]) if options.get("num_classes") else None
-    expected = by_hand(model, x, t, label, context.get("context"))
-    torch.testing.assert_close(model(x, t, label, **context), expected, rtol=1e-11, atol=1e-11)
+    out = model(x, t, label, **context)
+    for i in range(BATCH):
+        own = None if label is None else label[i], context["context"][i] if context else None
+        torch.testing.assert_close(out[i], by_hand(model, x[i], t[i], *own), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("change", ["content", "timestep"])

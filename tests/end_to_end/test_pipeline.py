@@ -1,0 +1,187 @@
+"""From videos to samples with the ordinary programs, as the README tells it, on a very small scale."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import ROOT, exit_record, metrics, run
+
+from ardiff.data.dataset import open_shards
+from ardiff.video import decode
+
+pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("pipeline")]
+PYTHON = sys.executable
+
+
+def succeed(*command: str) -> str:
+    code, output = run([PYTHON, *command])
+    assert code == 0, output
+    return output
+
+
+def fail(*command: str) -> str:
+    """The one error line of a user's mistake."""
+    code, output = run([PYTHON, *command])
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in output, output
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Everything up to a trained DiT."""
+    work = tmp_path_factory.mktemp("pipeline")
+    videos, corpus = str(work / "videos"), str(work / "corpus.jsonl")
+    succeed("-m", "data_tools.make_demo_corpus", "--out", videos, "--num_videos", "12", "--num_frames", "12")
+    succeed("-m", "data_tools.scan_videos", videos, "--out", corpus, "--validation_fraction", "0.2")
+    succeed("-m", "data_tools.shard_videos", "--corpus", corpus, "--out", str(work / "frames"), "--size", "64")
+    vae = ["launch/train_vae.py", "--config", "arvae_tiny", "--data.shards", str(work / "frames")]
+    vae += ["--train.max_steps", "4", "--train.log_every", "1", "--train.sample_every", "4"]
+    succeed(*vae, "--run_dir", str(work / "arvae"))
+    extract = ["-m", "data_tools.extract_latents", "--corpus", corpus, "--arvae", str(work / "arvae")]
+    succeed(*extract, "--out", str(work / "latents"), "--frames_per_shard", "40")
+    dit = ["launch/train.py", "--config", "tiny", "--data.shards", str(work / "latents"), "--model.num_classes", "6"]
+    dit += ["--model.hidden_size", "32", "--model.num_heads", "2", "--train.max_steps", "4", "--train.log_every", "1"]
+    succeed(*dit, "--train.sample_every", "4", "--run_dir", str(work / "dit"))
+    return work
+
+
+def test_training_leaves_metrics_and_videos_in_tensorboard(work):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, tag in (("arvae", "reconstruction/00"), ("dit", "samples/00")):
+        assert exit_record(work / name)["reason"] == "finished"
+        assert [line["step"] for line in metrics(work / name)] == [1, 2, 3, 4]
+        board = EventAccumulator(str(work / name / "tensorboard")).Reload()
+        assert tag in board.Tags()["images"]
+        assert "train/loss" in board.Tags()["scalars"]
+
+
+def test_latents_are_those_of_the_encoder(work):
+    """Every video of the corpus is in exactly one split, and its latents are what the AR-VAE gives."""
+    import torch
+
+    from ardiff.data.shards import read_samples
+    from ardiff.training.weights import load_arvae
+    from ardiff.video import resize_and_crop
+
+    network, arvae_id = load_arvae(work / "arvae")
+    entries = {json.loads(line)["id"]: json.loads(line) for line in (work / "corpus.jsonl").read_text().splitlines()}
+    seen = []
+    for folder, split in ((work / "latents", "train"), (work / "latents" / "validation", "validation")):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["arvae"]["id"] == arvae_id
+        for shard in manifest["shards"]:
+            for sample in read_samples(folder / shard["file"]):
+                entry = entries[sample.key]
+                assert entry["split"] == split and sample.info["label"] == entry["label"]
+                seen.append(sample.key)
+        first = open_shards(folder, "latents").read_latents(0, 0, 12)
+        key = next(read_samples(folder / manifest["shards"][0]["file"])).key
+        frames = np.stack([resize_and_crop(frame, 64) for frame in decode(Path(entries[key]["path"]))])
+        with torch.no_grad():
+            expected = network.encode(torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 255)[0]
+        np.testing.assert_allclose(first.astype(np.float32), expected.numpy(), atol=2e-3, rtol=2e-3)
+    assert (
+        sorted(seen) == sorted(entries) and len(json.loads((work / "latents/manifest.json").read_text())["shards"]) > 1
+    )
+
+
+def test_extraction_is_byte_identical_after_losing_half(work, tmp_path):
+    """A shard without its done marker, and half a temporary file: both as a kill leaves them."""
+    before = {path.name: path.read_bytes() for path in (work / "latents").glob("latents-*")}
+    (work / "latents" / "latents-000001.done.json").unlink()
+    (work / "latents" / "latents-000001.tar").write_bytes(b"half")
+    extract = [
+        "-m",
+        "data_tools.extract_latents",
+        "--corpus",
+        str(work / "corpus.jsonl"),
+        "--arvae",
+        str(work / "arvae"),
+    ]
+    succeed(*extract, "--out", str(work / "latents"), "--frames_per_shard", "40")
+    assert before == {path.name: path.read_bytes() for path in (work / "latents").glob("latents-*")}
+    line = fail(*extract, "--out", str(work / "latents"), "--frames_per_shard", "50")
+    assert "other settings (frames_per_shard 40 -> 50)" in line
+
+
+def test_samples_are_videos_and_depend_on_the_seed_only(work, tmp_path):
+    sample = ["launch/sample.py", "--run", str(work / "dit"), "--num_frames", "10", "--steps", "5", "--gap", "2"]
+    succeed(*sample, "--num_videos", "3", "--guidance", "1.5", "--out", str(tmp_path / "a"))
+    videos = sorted((tmp_path / "a").glob("video_*.mp4"))
+    assert len(videos) == 3
+    frames = np.stack(list(decode(videos[0])))
+    assert frames.shape == (10, 64, 64, 3)
+    with Image.open(tmp_path / "a" / "contact_sheet.png") as sheet:
+        assert sheet.width > 10 * 64 and sheet.height > 3 * 64
+    settings = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert settings["labels"] == [0, 1, 2] and settings["gap"] == 2
+    # Other batches, and an export instead of the run: the same latents.
+    succeed("launch/export.py", "--run", str(work / "dit"), "--out", str(tmp_path / "exported"))
+    sample[2] = str(tmp_path / "exported")
+    same = ["--num_videos", "2", "--guidance", "1.5", "--batch_size", "1", "--out", str(tmp_path / "b")]
+    succeed(*sample, *same)
+    first, second = (np.load(tmp_path / name / "latents.npy") for name in "ab")
+    np.testing.assert_allclose(first[:2].astype(np.float32), second.astype(np.float32), atol=2e-3)
+    succeed(*sample, "--num_videos", "1", "--seed", "5", "--out", str(tmp_path / "c"))
+    assert np.abs(np.load(tmp_path / "c" / "latents.npy").astype(np.float32)[0] - first[0]).max() > 1e-3
+
+
+def test_a_clip_is_continued(work, tmp_path):
+    entry = json.loads((work / "corpus.jsonl").read_text().splitlines()[0])
+    sample = ["launch/sample.py", "--run", str(work / "dit"), "--num_videos", "2", "--steps", "4", "--gap", "4"]
+    prefix = ["--prefix", entry["path"], "--prefix_frames", "3", "--num_frames", "6"]
+    succeed(*sample, *prefix, "--out", str(tmp_path / "out"))
+    latents = np.load(tmp_path / "out" / "latents.npy").astype(np.float32)
+    np.testing.assert_array_equal(latents[0, :3], latents[1, :3])  # the given frames, in both videos
+    assert np.abs(latents[0, 3:] - latents[1, 3:]).max() > 1e-3
+    assert "must leave something of --num_frames 3" in fail(*sample, *prefix[:4], "--num_frames", "3", "--out", "x")
+
+
+def test_evaluation_gives_distances(work, tmp_path):
+    evaluate = ["launch/evaluate.py", "--run", str(work / "dit"), "--data", str(work / "latents" / "validation")]
+    output = succeed(*evaluate, "--num_videos", "4", "--steps", "4", "--gap", "1", "--out", str(tmp_path / "e.json"))
+    distances = json.loads((tmp_path / "e.json").read_text())["frechet"]
+    assert set(distances) == {"samples", "untrained network", "noise"}
+    assert all(distance > 0 for distance in distances.values())
+    assert f"{distances['samples']:.4f}" in output
+
+
+def test_mistakes_in_sampling(work, tmp_path):
+    sample = ["launch/sample.py", "--run", str(work / "dit"), "--out", str(tmp_path / "out")]
+    assert "gap = 9 must lie between" in fail(*sample, "--steps", "5", "--gap", "9")
+    assert "--label 77: must be a number below 6 or one of" in fail(*sample, "--label", "77")
+    assert "does not hold a diffusion transformer" in fail(*sample[:2], str(work / "arvae"), *sample[3:])
+    assert "no such folder" in fail(*sample[:2], str(tmp_path / "none"), *sample[3:])
+    assert "cannot decode latents made by AR-VAE" in fail(*sample, "--arvae", str(_other_arvae(work, tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+def _other_arvae(work: Path, folder: Path) -> Path:
+    """An export with one weight changed."""
+    from safetensors.torch import load_file, save_file
+
+    succeed("launch/export.py", "--run", str(work / "arvae"), "--out", str(folder / "other"))
+    weights = load_file(folder / "other" / "ema.safetensors")
+    weights[next(iter(weights))] += 1
+    save_file(weights, folder / "other" / "ema.safetensors")
+    return folder / "other"
+
+
+PROGRAMS = [
+    *(f"data_tools.{path.stem}" for path in sorted((ROOT / "data_tools").glob("*.py"))),
+    *(f"launch.{path.stem}" for path in sorted((ROOT / "launch").glob("*.py"))),
+]
+LIBRARIES = ("__init__", "common", "pool")
+
+
+@pytest.mark.parametrize("module", [name for name in PROGRAMS if name.rpartition(".")[2] not in LIBRARIES])
+def test_every_program_explains_itself_with_an_example(module):
+    output = succeed("-m", module, "--help")
+    assert "example:" in output and module.rpartition(".")[2] in output

@@ -1,0 +1,42 @@
+"""The sharded moving average."""
+
+import pytest
+import torch
+
+from ardiff.training.ema import ShardedEMA
+
+
+class FakeZero:
+    def __init__(self) -> None:
+        self.single_partition_of_fp32_groups = [torch.zeros(3), torch.zeros(2)]
+        self.model: list[torch.Tensor] = []
+        self.update_lp_params()
+
+    def update_lp_params(self) -> None:
+        self.model = [part.clone() for part in self.single_partition_of_fp32_groups]
+
+
+def test_follows_the_definition_with_warm_up():
+    zero = FakeZero()
+    ema = ShardedEMA(zero, decay=0.5)
+    expected = 0.0
+    for n in range(20):
+        zero.single_partition_of_fp32_groups[0].fill_(n + 1.0)
+        ema.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * (n + 1.0)
+    assert ema.partitions[0].tolist() == pytest.approx([expected] * 3)
+    assert ema.partitions[1].tolist() == [0.0, 0.0]
+
+
+def test_swap_is_undone_bitwise_even_after_an_error():
+    zero = FakeZero()
+    ema = ShardedEMA(zero, decay=0.9)
+    zero.single_partition_of_fp32_groups[0].copy_(torch.tensor([0.1, 0.2, 0.3]))
+    zero.update_lp_params()
+    before = [part.clone() for part in zero.single_partition_of_fp32_groups]
+    with pytest.raises(RuntimeError, match="inside"), ema.swapped_in():
+        assert torch.equal(zero.model[0], ema.partitions[0])
+        raise RuntimeError("inside")
+    for part, model, expected in zip(zero.single_partition_of_fp32_groups, zero.model, before, strict=True):
+        assert torch.equal(part, expected) and torch.equal(model, expected)
