@@ -234,6 +234,9 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> Iterator[
                 problems.append(f"command line: '{word}' needs a value, as in '{word} VALUE'")
                 continue
             text = words.pop(0)
+        if key in _text_keys() and text != "null":
+            yield key, text  # as it is: a shard pattern such as {a,b}.tar or *.tar would be YAML as well
+            continue
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
         except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -242,18 +245,23 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> Iterator[
         yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
-def _all_keys(section: Any = Config, prefix: str = "") -> list[str]:
-    keys = []
+def _all_keys(section: Any = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key with its annotation."""
+    keys: dict[str, str] = {}
     for item in dataclasses.fields(section):
         if item.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(item.default_factory):
-            keys += _all_keys(item.default_factory, f"{prefix}{item.name}.")
+            keys |= _all_keys(item.default_factory, f"{prefix}{item.name}.")
         else:
-            keys.append(f"{prefix}{item.name}")
+            keys[f"{prefix}{item.name}"] = str(item.type)
     return keys
 
 
+def _text_keys() -> set[str]:
+    return {key for key, annotation in _all_keys().items() if annotation in ("str", "str | None")}
+
+
 def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
-    keys = _all_keys()
+    keys = list(_all_keys())
     if key not in keys:
         last = key.rsplit(".", 1)[-1]
         by_name = [other for other in keys if other.rsplit(".", 1)[-1] == last]
@@ -304,10 +312,10 @@ def _impossible(config: Config) -> Iterator[str]:
         if (value := getattr(getattr(config, section), name)) < 1
     ]
     yield from too_small
+    yield from _impossible_sampling(config)
     if not too_small:  # the arithmetic below divides by them
         yield from _impossible_networks(config)
         yield from _impossible_training(config)
-        yield from _impossible_sampling(config)
 
 
 def _impossible_networks(config: Config) -> Iterator[str]:
@@ -320,6 +328,9 @@ def _impossible_networks(config: Config) -> Iterator[str]:
             yield f"{name}.hidden_size / {name}.num_heads = {width} / {heads} must be an even whole number"
     if vae.image_size % vae.patch_size:
         yield f"vae.image_size = {vae.image_size} is no multiple of vae.patch_size = {vae.patch_size}"
+    for name in ("num_classes", "context_dim"):
+        if getattr(model, name) < 0:
+            yield f"model.{name} = {getattr(model, name)} must not be negative"
     if model.mask != "block_causal" and model.block != 1:
         yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
 
@@ -331,10 +342,14 @@ def _impossible_training(config: Config) -> Iterator[str]:
             f"train.global_batch_size = {train.global_batch_size} is no multiple of "
             f"train.micro_batch_size = {train.micro_batch_size}"
         )
-    if any(phase.steps < 1 or phase.lr <= 0 for phase in train.phases) or not train.phases:
+    if any(phase.steps < 1 or not phase.lr > 0 for phase in train.phases) or not train.phases:
         yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
-    if len(train.betas) != 2:
-        yield f"train.betas = {train.betas} must be two numbers"
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
+    for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every", "num_threads"):
+        value = getattr(train, name)
+        if not value >= 0:  # NaN included
+            yield f"train.{name} = {value} must not be negative"
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"
     if not 0 <= train.label_dropout <= 1:
@@ -344,7 +359,9 @@ def _impossible_training(config: Config) -> Iterator[str]:
 
 
 def _impossible_sampling(config: Config) -> Iterator[str]:
-    sampling = config.sampling
+    sampling, diffusion = config.sampling, config.diffusion
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        yield f"diffusion betas {diffusion.beta_start}, {diffusion.beta_end} must satisfy 0 < start <= end < 1"
     if not 0 <= sampling.gap <= sampling.num_steps:
         yield f"sampling.gap = {sampling.gap} must lie between 0 and sampling.num_steps = {sampling.num_steps}"
     if sampling.num_steps >= config.diffusion.num_timesteps:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ardiff.data.shards import INDEX_DTYPE, Manifest, ShardEntry, read_manifest
 from ardiff.errors import UserError
+from ardiff.files import sha256
 
 OPEN_SHARDS = 128  # each memory map holds a file descriptor
 
@@ -61,12 +62,12 @@ class ShardSet:
         index = path.with_suffix(".index.npy")
         try:
             rows = np.load(index, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{index}: not readable ({error}); make the shard anew") from error
-        if rows.dtype != INDEX_DTYPE or rows["frames"].sum() != shard.frames or (rows["bytes"] < 0).any():
-            raise UserError(f"{index}: does not belong to {path}; make the shard anew")
-        if len(rows) and int((rows["offset"] + rows["bytes"]).max()) > size:
-            raise UserError(f"{index}: points beyond the end of {path}; make the shard anew")
+        if rows.dtype != INDEX_DTYPE or rows.ndim != 1 or sha256(index) != shard.index_sha256:
+            raise UserError(
+                f"{index}: not the index that the manifest lists; copy it again"
+            )
         return rows
 
     def _map(self, shard: int) -> np.memmap:
@@ -109,7 +110,10 @@ def open_shards(source: str | Path, kind: str) -> ShardSet:
     elif path.suffix != ".tar":
         raise UserError(f"{text}: no such folder, manifest or tar files")
     else:
-        names = [Path(name) for name in braceexpand.braceexpand(text)]
+        try:
+            names = [Path(name) for name in braceexpand.braceexpand(text)]
+        except ValueError as error:
+            raise UserError(f"--data.shards {text}: its braces do not match") from error
         if any(character in text for character in "*?["):
             names = sorted(match for name in names for match in name.parent.glob(name.name))
         if not names:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import tarfile
 import zlib
@@ -61,6 +62,7 @@ class ShardEntry:
     file: str
     bytes: int
     sha256: str
+    index_sha256: str
     samples: int
     frames: int
     statistics: dict[str, Any] = field(default_factory=dict)  # sums over latents; see Moments
@@ -128,16 +130,18 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], moments: Mom
                 info = json.dumps(sample.info, sort_keys=True).encode()
                 writer.write({"__key__": sample.key, "json": info, **sample.members})
         rows = index_tar(temporary)
+        index = folder / f"{name}.index.npy"
+        with replacing(index) as unnamed, unnamed.open("wb") as stream:
+            np.save(stream, rows, allow_pickle=False)
         entry = ShardEntry(
             file=tar.name,
             bytes=temporary.stat().st_size,
             sha256=sha256(temporary),
+            index_sha256=sha256(index),
             samples=len(np.unique(rows["sample"])),
             frames=int(rows["frames"].sum()),
             statistics=moments.as_json() if moments else {},
         )
-        with replacing(folder / f"{name}.index.npy") as index, index.open("wb") as stream:
-            np.save(stream, rows, allow_pickle=False)
     write_json(folder / f"{name}.done.json", asdict(entry))
     return entry
 
@@ -172,10 +176,13 @@ def index_tar(path: Path) -> np.ndarray:
                 labels[key] = -1 if label is None else int(label)
             elif extension == LATENTS_MEMBER:
                 raw.seek(member.offset_data)
-                shape = _read_latents_header(raw, f"{path}: {member.name}")
-                offset = raw.tell()
-                data = raw.read(member.offset_data + member.size - offset)
-                rows.append((len(keys) - 1, offset, len(data), shape[0], 0, zlib.crc32(data)))
+                payload = io.BytesIO(raw.read(member.size))  # the header's parser must not read beyond the member
+                shape = _read_latents_header(payload, f"{path}: {member.name}")
+                offset = payload.tell()
+                data = payload.read()
+                if len(data) != 2 * math.prod(shape):
+                    raise UserError(f"{path}: {member.name} has {len(data)} bytes of data for float16 {shape}")
+                rows.append((len(keys) - 1, member.offset_data + offset, len(data), shape[0], 0, zlib.crc32(data)))
             elif FRAME_MEMBER.match(extension):
                 raw.seek(member.offset_data)
                 data = raw.read(member.size)
@@ -185,7 +192,7 @@ def index_tar(path: Path) -> np.ndarray:
     return table
 
 
-def _read_latents_header(stream: io.BufferedReader, name: str) -> tuple[int, ...]:
+def _read_latents_header(stream: io.BytesIO, name: str) -> tuple[int, ...]:
     try:
         version = np.lib.format.read_magic(stream)
         read_header = {
@@ -193,7 +200,7 @@ def _read_latents_header(stream: io.BufferedReader, name: str) -> tuple[int, ...
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, fortran, dtype = read_header[version](stream)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # numpy parses the header as Python source and lets its parser's errors through
         raise UserError(f"{name} is not a plain .npy file ({error})") from error
     if fortran or dtype != np.float16 or len(shape) != 3:
         raise UserError(f"{name} must be float16 [frames, tokens, channels] in C order, found {dtype} {shape}")

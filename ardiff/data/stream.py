@@ -122,6 +122,7 @@ class BatchStream:
         self._position = position
         self._ready: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
+        self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._produce, name="batch-stream", daemon=True)
         self._thread.start()
 
@@ -129,10 +130,18 @@ class BatchStream:
         return self
 
     def __next__(self) -> GlobalBatch:
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        while not self._closed.is_set():
+            if self._broken is not None:
+                raise self._broken
+            try:
+                item = self._ready.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            if isinstance(item, BaseException):
+                self._broken = item
+                continue
+            return item
+        raise StopIteration
 
     def close(self) -> None:
         """Stop the thread."""

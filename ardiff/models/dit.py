@@ -136,7 +136,7 @@ class DiT(nn.Module):
         label [B]: classes, `num_classes` being the null label (None: all null). context [B, N, context_dim]: text
         features. cache: K/V of the frames before x, which then continues the video at frame `cache.num_frames`.
         """
-        self._check(x, t)
+        self._check(x, t, label, context)
         dtype = self.x_embed.weight.dtype
         h = rearrange(self.x_embed(x.to(dtype)) + self.slot_embed, "b f l d -> b (f l) d")
         condition = self.t_embed(t)
@@ -147,8 +147,7 @@ class DiT(nn.Module):
         condition = F.silu(condition)
         num_context = 0
         if context is not None and not (cache is not None and cache.num_context):
-            if self.context_embed is None:
-                raise UserError("context was given, but model.context_dim is 0")
+            assert self.context_embed is not None
             h = torch.cat([self.context_embed(context.to(dtype)), h], dim=1)
             num_context = context.shape[1]
         first_frame = cache.num_frames if cache is not None else 0
@@ -161,7 +160,7 @@ class DiT(nn.Module):
         h = modulate(self.final_norm(h[:, num_context:]), shift, scale, 0)
         return rearrange(self.final(h), "b (f l) c -> b f l c", l=x.shape[2]).to(x.dtype)
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
+    def _check(self, x: Tensor, t: Tensor, label: Tensor | None, context: Tensor | None) -> None:
         expected = (self.config.tokens_per_frame, self.config.in_channels)
         if x.ndim != 4 or tuple(x.shape[2:]) != expected:
             raise UserError(
@@ -169,6 +168,15 @@ class DiT(nn.Module):
             )
         if t.shape != x.shape[:2]:
             raise UserError(f"timesteps {tuple(t.shape)} must be [B, F] = {tuple(x.shape[:2])}")
+        if label is not None and label.shape != x.shape[:1]:
+            raise UserError(f"labels {tuple(label.shape)} must be [B] = ({x.shape[0]},)")
+        if context is not None:
+            if self.context_embed is None:
+                raise UserError("context was given, but model.context_dim is 0")
+            if context.ndim != 3 or (context.shape[0], context.shape[2]) != (x.shape[0], self.config.context_dim):
+                raise UserError(
+                    f"context {tuple(context.shape)} must be [B, N, D] = ({x.shape[0]}, N, {self.config.context_dim})"
+                )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, num_context: int) -> Tensor:

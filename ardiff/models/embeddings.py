@@ -40,6 +40,13 @@ def rotary_tables(
 
     All tokens of a frame share its angle, so K/V of a finished frame never change when the video grows.
     """
+    with torch.inference_mode(False):  # the tables are kept, and training may be the next to use them
+        return _rotary_tables(first, num_frames, tokens_per_frame, head_dim, theta, device)
+
+
+def _rotary_tables(
+    first: int, num_frames: int, tokens_per_frame: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
     frames = torch.arange(first, first + num_frames, dtype=torch.float64, device=device)
     angles = (frames[:, None] * frequencies).repeat_interleave(tokens_per_frame, dim=0)

@@ -34,7 +34,9 @@ def arvae_flops(config: VAEConfig) -> float:
     patches = (config.image_size // config.patch_size) ** 2
     tokens, width = patches + config.num_tokens, config.hidden_size
     layer = 2 * tokens * width * width * 12 + 4 * tokens**2 * width
-    return (config.encoder_depth + config.decoder_depth) * layer + 2 * 2 * patches * width * 3 * config.patch_size**2
+    painted = config.patch_size + 2 * (config.patch_size // 2)
+    ends = 2 * patches * width * (3 * config.patch_size**2 + 3 * painted**2 + 2 * config.num_tokens)
+    return (config.encoder_depth + config.decoder_depth) * layer + ends
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -179,9 +179,12 @@ def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Te
         for rank, slices in enumerate(state.slices):
             low, high = max(start, slices[group][0]), min(end, slices[group][1])
             if low < high:
-                with safe_open(checkpoint / f"state_rank{rank}.safetensors", framework="pt") as file:
-                    offset = slices[group][0]
-                    parts.append(file.get_slice(name)[low - offset : high - offset])
+                path, offset = checkpoint / f"state_rank{rank}.safetensors", slices[group][0]
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        parts.append(file.get_slice(name)[low - offset : high - offset])
+                except SafetensorError as error:
+                    raise UserError(f"{path}: not what it should be ({error}); delete this checkpoint") from error
         return torch.cat(parts) if parts else torch.empty(0)
 
     return read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -70,10 +71,8 @@ def run(command: list[str], timeout: float = 300) -> tuple[int, str]:
 
 
 def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def train(run_dir: Path, shards: Path, *extra: str, kind: str = "torchrun", ranks: int = 2) -> list[str]:

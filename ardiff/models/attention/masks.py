@@ -27,6 +27,8 @@ class FrameMask:
     context: str = "strict"
 
     def __post_init__(self) -> None:
+        if self.num_context < 0 or self.block < 1:
+            raise UserError(f"num_context = {self.num_context} must be at least 0 and block = {self.block} at least 1")
         video, length = self.num_keys - self.num_context, self.tokens_per_frame
         if length < 1 or video < 0 or video % length:
             raise UserError(
