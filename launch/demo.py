@@ -31,7 +31,9 @@ from ardiff.files import write_json
 from ardiff.monitor.writers import METRICS
 
 SIZE = 64  # pixels
-VIDEOS, FRAMES = 12, 16  # sampled at the end
+CLIPS = 160  # procedural videos
+HELD_OUT = "0.2"  # share of the videos that the distances are measured on
+VIDEOS, FRAMES = 12, 16  # sampled at the end; training clips are half as long
 
 
 @dataclass
@@ -86,8 +88,10 @@ def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
     if source is None:
         source = out / "videos"
         made = source / "settings.json"
-        stages.append(Stage("make videos", [python, "-m", "data_tools.make_demo_corpus", "--out", str(source)], made))
+        make = [python, "-m", "data_tools.make_demo_corpus", "--out", str(source), "--num_videos", str(CLIPS)]
+        stages.append(Stage("make videos", make, made))
     scan = [python, "-m", "data_tools.scan_videos", str(source), "--out", str(corpus)]
+    scan += ["--validation_fraction", HELD_OUT]
     shard = [python, "-m", "data_tools.shard_videos", "--corpus", str(corpus), "--size", str(SIZE)]
     vae = [python, "launch/train_vae.py", "--config", "arvae_tiny"]
     extract = [python, "-m", "data_tools.extract_latents", "--corpus", str(corpus)]
@@ -116,7 +120,7 @@ def stages_from_training(out: Path, num_classes: int) -> list[Stage]:
     ds_config = "ds_configs/zero2.json" if gpus else "ds_configs/zero2_cpu.json"
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
     train = [*launcher, "--master_port", "PORT", "launch/train.py", "--config", "tiny", "--ds_config", ds_config]
-    sampling = ["--run", str(run), "--num_frames", str(FRAMES), *(["--guidance", "1.5"] if num_classes else [])]
+    guidance = ["--guidance", "1.5"] if num_classes else []
     data = ["--data", str(out / "latents" / "validation"), "--train_data", str(out / "latents")]
     return [
         Stage(
@@ -130,13 +134,16 @@ def stages_from_training(out: Path, num_classes: int) -> list[Stage]:
         ),
         Stage(
             "sample",
-            [python, "launch/sample.py", *sampling, "--num_videos", str(VIDEOS), "--out", str(out / "samples")],
+            [
+                *(python, "launch/sample.py", "--run", str(run), *guidance),
+                *("--num_videos", str(VIDEOS), "--num_frames", str(FRAMES), "--out", str(out / "samples")),
+            ],
             out / "samples" / "contact_sheet.png",
         ),
         Stage(
             "evaluate",
             [
-                *(python, "launch/evaluate.py", *sampling, *data),
+                *(python, "launch/evaluate.py", "--run", str(run), "--guidance", "1", *data),
                 *("--num_videos", "32", "--seed", "1", "--out", str(out / "evaluation.json")),
             ],
             out / "evaluation.json",

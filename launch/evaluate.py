@@ -2,8 +2,9 @@
 
     python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json
 
-For scale, the same distance is given for pure noise, for the untrained network and, with --train_data, for real
-training clips (what a perfect model that knows only the training set would reach).
+For scale, the same distance is given for pure noise, for the untrained network and, with --train_data, for as many
+real training clips (what a perfect model that knows only the training set would reach: not 0, because both sets are
+small and their videos differ).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ardiff import cli
 from ardiff.config import Config
 from ardiff.data.dataset import ShardSet, open_shards
 from ardiff.data.latent_space import LatentSpace
+from ardiff.data.plan import Plan
 from ardiff.files import write_json
 from ardiff.metrics.frechet import frechet_distance
 from ardiff.models import DiT
@@ -35,10 +37,17 @@ def frame_features(latents: Tensor, space: LatentSpace) -> Tensor:
     return torch.from_numpy(space.to_model(space.to_arvae(latents).numpy())).flatten(0, 1).flatten(1)
 
 
-def real_features(shards: ShardSet, space: LatentSpace) -> Tensor:
+def all_features(shards: ShardSet, space: LatentSpace) -> Tensor:
     """Features of all frames of a data set."""
     videos = [shards.read_latents(i, 0, int(shards.frames[i])) for i in range(len(shards))]
     return torch.from_numpy(space.to_model(np.concatenate(videos))).flatten(1)
+
+
+def clip_features(shards: ShardSet, space: LatentSpace, num_videos: int, num_frames: int, seed: int) -> Tensor:
+    """Features of the frames of random clips, as many as there are samples."""
+    visits = Plan(shards, seed, num_frames=num_frames).batch(0, num_videos)
+    clips = [shards.read_latents(visit.video, visit.first_frame, num_frames) for visit in visits]
+    return torch.from_numpy(space.to_model(np.concatenate(clips))).flatten(1)
 
 
 def untrained(config: Config) -> DiT:
@@ -56,13 +65,13 @@ def main() -> int:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--data", required=True, metavar="LATENTS", help="held-out latent shards")
-    parser.add_argument("--train_data", metavar="LATENTS", help="latent shards of the training set, for scale")
+    parser.add_argument("--train_data", metavar="LATENTS", help="latent shards of training, for scale")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
     options = parser.parse_args()
 
     network, config, space = load_dit(options.run, options.weights)
     request = request_of(options, config)
-    held_out = real_features(open_shards(options.data, "latents"), space)
+    held_out = all_features(open_shards(options.data, "latents"), space)
     shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
     noise = np.stack([normals(options.seed, Stream.SAMPLES, i, shape) for i in range(request.num_videos)])
     sets = {
@@ -71,7 +80,8 @@ def main() -> int:
         "noise": frame_features(torch.from_numpy(noise), space),
     }
     if options.train_data:
-        sets["training data"] = real_features(open_shards(options.train_data, "latents"), space)
+        train = open_shards(options.train_data, "latents")
+        sets["training clips"] = clip_features(train, space, request.num_videos, request.num_frames, options.seed)
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():

@@ -65,9 +65,7 @@ class ShardSet:
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{index}: not readable ({error}); make the shard anew") from error
         if rows.dtype != INDEX_DTYPE or rows.ndim != 1 or sha256(index) != shard.index_sha256:
-            raise UserError(
-                f"{index}: not the index that the manifest lists; copy it again"
-            )
+            raise UserError(f"{index}: not the index that the manifest lists; copy it again")
         return rows
 
     def _map(self, shard: int) -> np.memmap:

@@ -29,33 +29,32 @@ def _below(u: Tensor, count: Tensor | int) -> Tensor:
     return torch.minimum((u * count).floor().long(), limit)
 
 
-def _urn(u: Tensor, values: Tensor | int) -> Tensor:
-    """Uniform multisets of K of `values` values, unsorted: u [B, K], values [B] or int -> [B, K]."""
-    values = torch.as_tensor(values).expand(len(u))
-    drawn = torch.zeros(u.shape, dtype=torch.long)
-    for i in range(u.shape[1]):
-        ball = _below(u[:, i], values + i)
-        copied = drawn.gather(1, (ball - values).clamp(min=0)[:, None])[:, 0]
-        drawn[:, i] = torch.where(ball < values, ball, copied)
+def _draw_from_urns(u: Tensor, values: Tensor, order: Tensor, first: Tensor) -> Tensor:
+    """Uniform multisets, unsorted: u [B, K] -> draws [B, K], each in 0..values-1 (all arguments broadcast to [B, K]).
+
+    Column i is draw number `order` of an urn that holds `values` values and whose first draw is column `first`.
+    """
+    ball = _below(u, values + order)
+    is_copy = ball >= values  # the ball is one that an earlier draw added
+    source = (first + ball - values).clamp(min=0)
+    drawn = ball.masked_fill(is_copy, 0)
+    for i in range(1, u.shape[1]):
+        copied = drawn.gather(1, source[:, i : i + 1])[:, 0]
+        drawn[:, i] = torch.where(is_copy[:, i], copied, drawn[:, i])
     return drawn
 
 
 def _fopp(u: Tensor, num_frames: int, num_timesteps: int) -> Tensor:
     frame = _below(u[:, 0], num_frames)[:, None]
     anchor = _below(u[:, 1], num_timesteps)[:, None]
-    slot = torch.arange(num_frames - 1)  # the frames other than the anchor; slots below `frame` come before it
+    slot = torch.arange(num_frames - 1)  # the frames other than the anchor: the first `frame` of them come before it
     before = slot < frame
-    # One urn per side. Slot numbers within the later side start anew, so both urns run through one loop.
-    order = torch.where(before, slot, slot - frame)
-    values = torch.where(before, anchor + 1, num_timesteps - anchor)
-    ball = _below(u[:, 2:], values + order)
-    first_slot = torch.where(before, torch.zeros_like(frame), frame)
-    source = first_slot + ball - values  # the earlier draw whose copy was taken
-    drawn = torch.where(ball < values, ball, torch.zeros_like(ball))
-    is_copy = ball >= values
-    for i in range(1, num_frames - 1):
-        copied = drawn.gather(1, source[:, i : i + 1].clamp(min=0))[:, 0]
-        drawn[:, i] = torch.where(is_copy[:, i], copied, drawn[:, i])
+    drawn = _draw_from_urns(
+        u[:, 2:],
+        values=torch.where(before, anchor + 1, num_timesteps - anchor),
+        order=torch.where(before, slot, slot - frame),
+        first=torch.where(before, torch.zeros_like(frame), frame),
+    )
     drawn = torch.where(before, drawn, drawn + anchor)
     return torch.cat([drawn, anchor], dim=1).sort(dim=1).values
 
@@ -69,7 +68,8 @@ def _independent(u: Tensor, num_frames: int, num_timesteps: int) -> Tensor:
 
 
 def _uniform_monotone(u: Tensor, num_frames: int, num_timesteps: int) -> Tensor:
-    return _urn(u[:, :num_frames], num_timesteps).sort(dim=1).values
+    slot, zero = torch.arange(num_frames), torch.zeros(1, dtype=torch.long)
+    return _draw_from_urns(u[:, :num_frames], zero + num_timesteps, slot, zero).sort(dim=1).values
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {

@@ -56,16 +56,21 @@ class World:
         return values
 
     def from_main(self, compute: Callable[[], T]) -> T:
-        """Run `compute` on rank 0 and give everyone its result; its UserError is raised on every rank."""
+        """Run `compute` on rank 0 and give everyone its result; if it fails, it fails on every rank."""
         box: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 box[0] = compute()
-            except UserError as error:
-                box[1] = str(error)
+            except Exception as error:
+                failure = error
+                box[1] = (isinstance(error, UserError), f"{error}")
         dist.broadcast_object_list(box, src=0, group=self.control)
+        if failure is not None:
+            raise failure
         if box[1] is not None:
-            raise UserError(box[1])
+            is_users, message = box[1]
+            raise UserError(message) if is_users else RuntimeError(f"rank 0 failed: {message}")
         return box[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -146,9 +146,11 @@ def test_a_clip_is_continued(work, tmp_path):
 
 def test_evaluation_gives_distances(work, tmp_path):
     evaluate = ["launch/evaluate.py", "--run", str(work / "dit"), "--data", str(work / "latents" / "validation")]
+    evaluate += ["--train_data", str(work / "latents")]
     output = succeed(*evaluate, "--num_videos", "4", "--steps", "4", "--gap", "1", "--out", str(tmp_path / "e.json"))
     distances = json.loads((tmp_path / "e.json").read_text())["frechet"]
-    assert set(distances) == {"samples", "untrained network", "noise"}
+    assert set(distances) == {"samples", "untrained network", "noise", "training clips"}
+    assert distances["training clips"] < distances["noise"]
     assert all(distance > 0 for distance in distances.values())
     assert f"{distances['samples']:.4f}" in output
 
