@@ -45,14 +45,14 @@ def test_run_dir_holds_what_the_contract_lists(undisturbed):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for key in ("clips_per_s", "tokens_per_s", "tflops_per_gpu", "mfu", "data_wait_frac", "step_ms", "peak_memory_gb"):
         assert key in lines[-1]
-    assert lines[-1]["samples"] == STEPS * 16
+    assert lines[-1]["samples"] == STEPS * 8
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert list((undisturbed / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("micro_batch", [8, 2])
+@pytest.mark.parametrize("micro_batch", [4, 1])
 def test_one_rank_gives_the_curve_of_two(tmp_path, shards, undisturbed, micro_batch):
-    """Same global batch; with micro batch 2 there are 8 accumulation steps as well."""
+    """Same global batch; with micro batch 1 there are 8 accumulation steps as well."""
     limits = ("--train.max_steps", str(STEPS), "--train.micro_batch_size", str(micro_batch))
     code, output = run(train(tmp_path / "run", shards, *limits, kind="python", ranks=1))
     assert code == 0, output
@@ -157,9 +157,9 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
 
 
 def test_mistake_under_the_launcher_is_told_once(tmp_path, shards):
-    code, output = run(train(tmp_path / "run", shards, "--train.micro_batch_size", "16", kind="deepspeed"))
+    code, output = run(train(tmp_path / "run", shards, "--train.micro_batch_size", "8", kind="deepspeed"))
     assert code != 0
-    assert output.count("error: train.global_batch_size = 16 is no multiple of") == 1
+    assert output.count("error: train.global_batch_size = 8 is no multiple of") == 1
     assert "Traceback" not in output
     assert exit_record(tmp_path / "run")["code"] == 2
 
