@@ -93,7 +93,9 @@ def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
     scan = [python, "-m", "data_tools.scan_videos", str(source), "--out", str(corpus)]
     scan += ["--validation_fraction", HELD_OUT]
     shard = [python, "-m", "data_tools.shard_videos", "--corpus", str(corpus), "--size", str(SIZE)]
-    vae = [python, "launch/train_vae.py", "--config", "arvae_tiny"]
+    # Two processes with a thread each are faster than one with two: the frames are small.
+    launcher = [str(Path(python).with_name("torchrun")), "--nproc_per_node", str(num_ranks()), "--master_port", "PORT"]
+    vae = [*launcher, "launch/train_vae.py", "--config", "arvae_tiny", "--train.micro_batch_size", "8"]
     extract = [python, "-m", "data_tools.extract_latents", "--corpus", str(corpus)]
     return [
         *stages,
@@ -115,10 +117,8 @@ def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
 def stages_from_training(out: Path, num_classes: int) -> list[Stage]:
     """From latent shards to samples and their measure."""
     python, run = sys.executable, out / "dit"
-    gpus = torch.cuda.device_count()
-    ranks = min(2, gpus) if gpus else 2
-    ds_config = "ds_configs/zero2.json" if gpus else "ds_configs/zero2_cpu.json"
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    ds_config = "ds_configs/zero2.json" if torch.cuda.is_available() else "ds_configs/zero2_cpu.json"
+    launcher = [str(Path(python).with_name("deepspeed")), "--num_gpus", str(num_ranks())]
     train = [*launcher, "--master_port", "PORT", "launch/train.py", "--config", "tiny", "--ds_config", ds_config]
     guidance = ["--guidance", "1.5"] if num_classes else []
     data = ["--data", str(out / "latents" / "validation"), "--train_data", str(out / "latents")]
@@ -151,8 +151,13 @@ def stages_from_training(out: Path, num_classes: int) -> list[Stage]:
     ]
 
 
+def num_ranks() -> int:
+    """Two, on CPUs as well; one where there is a single GPU."""
+    return min(2, torch.cuda.device_count() or 2)
+
+
 def _environment() -> dict[str, str]:
-    """One thread per rank would be too few for single processes, so threads are left to the programs."""
+    """What the programs of the pipeline see: this interpreter's folder first, output at once."""
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, "DS_ACCELERATOR": accelerator, "PATH": path, "PYTHONUNBUFFERED": "1"}
@@ -173,10 +178,11 @@ def _shorten(word: str) -> str:
 
 
 def losses(run: Path) -> tuple[float, float]:
-    """Mean loss of the first and of the last three reports of a run."""
+    """Loss of the first report of a run, and the mean over the last tenth (single batches are noisy)."""
     lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
     values = [float(json.loads(line)["loss"]) for line in lines]
-    return sum(values[:3]) / len(values[:3]), sum(values[-3:]) / len(values[-3:])
+    last = values[-max(1, len(values) // 10) :]
+    return values[0], sum(last) / len(last)
 
 
 def summary(demo: Demo, num_videos: int) -> str:
