@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-OUT ?= runs/demo
+OUT ?= $(if $(VIDEOS),runs/demo-$(notdir $(VIDEOS:/=)),runs/demo)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -23,7 +23,7 @@ $(READY): setup.py .constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python launch/demo.py --out $(OUT) $(if $(VIDEOS),--videos $(VIDEOS))
+	$(BIN)/python launch/demo.py --out "$(OUT)" $(if $(VIDEOS),--videos "$(VIDEOS)")
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,4 +39,4 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 clean:
-	rm -rf $(OUT) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf "$(OUT)" .mypy_cache .ruff_cache .pytest_cache

@@ -26,6 +26,8 @@ setup(
         "pillow>=10",
         "numpy>=1.26",
         "tqdm>=4.66",
+        "pyyaml>=6",
+        "braceexpand>=0.1.7",
     ],
     extras_require={
         "cuda": ["flash-attn>=2.7.1", "xformers==0.0.35", "nvidia-ml-py>=12"],

@@ -167,7 +167,11 @@ def load(preset_or_yaml: str, overrides: Sequence[str] = ()) -> Config:
         _assign(tree, key, value, str(path), problems)
     for key, value in _parse_overrides(overrides, problems):
         _assign(tree, key, value, "command line", problems)
-    config = OmegaConf.to_object(tree)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        problems.append(f"{path}: {str(error).splitlines()[0]}")
+        raise UserError(f"configuration refused: {'; '.join(problems)}") from error
     assert isinstance(config, Config)
     problems += _impossible(config)
     if len(problems) == 1:
@@ -302,6 +306,31 @@ POSITIVE = {
 }
 
 
+BOUNDS = (
+    ("model.mlp_ratio", 0.125, 64),
+    ("model.rope_theta", 1, 1e12),
+    ("model.num_classes", 0, 1e6),
+    ("model.context_dim", 0, 1e6),
+    ("vae.encoder_depth", 0, 1e4),
+    ("vae.decoder_depth", 0, 1e4),
+    ("vae.kl_weight", 0, 1e6),
+    ("vae.l1_weight", 0, 1),
+    ("train.seed", -(2**63), 2**63 - 1),
+    ("train.warmup_steps", 0, 1e12),
+    ("train.weight_decay", 0, 1e6),
+    ("train.grad_clip", 0, 1e12),
+    ("train.adam_eps", 0, 1),
+    ("train.ema_decay", 0, 1 - 1e-9),
+    ("train.label_dropout", 0, 1),
+    ("train.sample_every", 0, 1e12),
+    ("train.num_threads", 0, 1e4),
+    ("train.collective_timeout_minutes", 0.05, 1e5),
+    ("train.max_skipped_steps", 1, 1e9),
+    ("sampling.guidance", -1e6, 1e6),
+    ("sampling.fps", 0.01, 1e4),
+)
+
+
 def _impossible(config: Config) -> Iterator[str]:
     """Values of the right type that cannot work, alone or together, each with the arithmetic."""
     yield from _bad_choices(config, "")
@@ -312,6 +341,11 @@ def _impossible(config: Config) -> Iterator[str]:
         if (value := getattr(getattr(config, section), name)) < 1
     ]
     yield from too_small
+    for key, low, high in BOUNDS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:  # NaN included
+            yield f"{key} = {value} must lie between {low:g} and {high:g}"
     yield from _impossible_sampling(config)
     if not too_small:  # the arithmetic below divides by them
         yield from _impossible_networks(config)
@@ -328,9 +362,6 @@ def _impossible_networks(config: Config) -> Iterator[str]:
             yield f"{name}.hidden_size / {name}.num_heads = {width} / {heads} must be an even whole number"
     if vae.image_size % vae.patch_size:
         yield f"vae.image_size = {vae.image_size} is no multiple of vae.patch_size = {vae.patch_size}"
-    for name in ("num_classes", "context_dim"):
-        if getattr(model, name) < 0:
-            yield f"model.{name} = {getattr(model, name)} must not be negative"
     if model.mask != "block_causal" and model.block != 1:
         yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
 
@@ -342,20 +373,12 @@ def _impossible_training(config: Config) -> Iterator[str]:
             f"train.global_batch_size = {train.global_batch_size} is no multiple of "
             f"train.micro_batch_size = {train.micro_batch_size}"
         )
-    if any(phase.steps < 1 or not phase.lr > 0 for phase in train.phases) or not train.phases:
+    if any(phase.steps < 1 or not 0 < phase.lr < 1e3 for phase in train.phases) or not train.phases:
         yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
-    for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every", "num_threads"):
-        value = getattr(train, name)
-        if not value >= 0:  # NaN included
-            yield f"train.{name} = {value} must not be negative"
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"
-    if not 0 <= train.label_dropout <= 1:
-        yield f"train.label_dropout = {train.label_dropout} must lie between 0 and 1"
-    if not 0 <= train.ema_decay < 1:
-        yield f"train.ema_decay = {train.ema_decay} must lie in [0, 1)"
 
 
 def _impossible_sampling(config: Config) -> Iterator[str]:

@@ -35,17 +35,18 @@ from ardiff.data.shards import (
 from ardiff.errors import UserError
 from ardiff.files import sha256
 from ardiff.models import ARVAE
+from ardiff.sampling.generate import default_device
 from ardiff.training.weights import load_arvae
 from ardiff.video import VideoError, decode, resize_and_crop
 from data_tools.common import claim_folder, output_folder, require
-from data_tools.shard_videos import common_fps, plan_shards, video_info
+from data_tools.shard_videos import common_fps, plan_shards, unchanged, video_info
 
 
 class Extractor:
     """Encodes videos and writes shards; `skipped` collects the videos that could not be decoded."""
 
     def __init__(self, network: ARVAE, arvae_id: str, class_names: list[str], stride: int, batch_size: int) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.network, self.arvae_id = network.to(self.device), arvae_id
         self.class_names, self.stride, self.batch_size = class_names, stride, batch_size
         self.skipped: list[str] = []
@@ -55,7 +56,7 @@ class Extractor:
         """Posterior means of a video's frames, float16 [N, L, C]."""
         size = self.network.config.image_size
         latents, batch = [], []
-        for frame in decode(Path(entry.path), entry.first_frame, entry.num_frames, self.stride):
+        for frame in decode(unchanged(entry), entry.first_frame, entry.num_frames, self.stride):
             batch.append(resize_and_crop(frame, size))
             if len(batch) == self.batch_size:
                 latents.append(self._encode(batch))

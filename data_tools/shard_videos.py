@@ -83,13 +83,7 @@ def plan_shards(entries: Sequence[CorpusEntry], stride: int, frames_per_shard: i
 
 def make_sample(entry: CorpusEntry, settings: FrameSettings, class_names: Sequence[str]) -> Sample:
     """Decode one video into the sample of a shard. Raises VideoError when it is not what the corpus lists."""
-    path = Path(entry.path)
-    try:
-        digest = sha256(path)
-    except OSError as error:
-        raise VideoError(path, f"cannot be read ({error.strerror})") from error
-    if digest != entry.sha256:
-        raise VideoError(path, "has changed since it was scanned; run data_tools.scan_videos again")
+    path = unchanged(entry)
     if entry.num_frames > MAX_FRAMES * settings.stride:
         raise VideoError(path, f"has more than {MAX_FRAMES} frames; choose a larger --stride")
     members: dict[str, bytes] = {}
@@ -97,6 +91,18 @@ def make_sample(entry: CorpusEntry, settings: FrameSettings, class_names: Sequen
         members[f"{len(members):05d}.{settings.picture_format}"] = _picture(frame, settings)
     info = {**video_info(entry, class_names), "num_frames": len(members), "stride": settings.stride}
     return Sample(entry.id, info, members)
+
+
+def unchanged(entry: CorpusEntry) -> Path:
+    """The file of a corpus entry. Raises VideoError if it is not the one that was scanned."""
+    path = Path(entry.path)
+    try:
+        digest = sha256(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({error.strerror})") from error
+    if digest != entry.sha256:
+        raise VideoError(path, "has changed since it was scanned; run data_tools.scan_videos again")
+    return path
 
 
 def video_info(entry: CorpusEntry, class_names: Sequence[str]) -> dict[str, Any]:

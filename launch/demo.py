@@ -27,8 +27,9 @@ import torch
 from ardiff import cli
 from ardiff.data.corpus import classes, read_corpus
 from ardiff.errors import UserError
-from ardiff.files import write_json
+from ardiff.files import sha256, write_json
 from ardiff.monitor.writers import METRICS
+from ardiff.training.run_dir import read_exit
 
 SIZE = 64  # pixels
 CLIPS = 160  # procedural videos
@@ -44,6 +45,13 @@ class Stage:
     command: list[str]
     result: Path  # exists when it has run
 
+    def finished(self) -> bool:
+        """Whether its result is there and, of a training, says that it ended by itself."""
+        if self.result.name != "exit.json":
+            return self.result.exists()
+        ended = read_exit(self.result.parent)
+        return ended is not None and ended["reason"] == "finished"
+
 
 class Demo:
     """Runs stages in order and remembers which are complete."""
@@ -57,13 +65,23 @@ class Demo:
                 self.record = json.loads(self.record_file.read_text(encoding="utf-8"))
             except ValueError:
                 self.record = {}  # half a file of a killed run: everything is checked again
-        self.fresh = False  # from the first stage that had to run, all later ones run too
         self.table: list[tuple[str, float, str]] = []
+        self.fresh = False  # from the first stage that had to run, all later ones run too
 
-    def run(self, stage: Stage) -> None:
-        """Run a stage unless it is complete. Raises UserError when its program fails."""
+    def check_source(self, corpus: Path) -> None:
+        """Refuse a folder whose results come from other videos. Raises UserError."""
+        digest = sha256(corpus)
+        if self.record.setdefault("corpus", digest) != digest:
+            raise UserError(
+                f"{self.out}: holds a demo of other videos (or they have changed); choose another folder, as in "
+                "make demo OUT=runs/other, or delete this one"
+            )
+        write_json(self.record_file, self.record)
+
+    def run(self, stage: Stage, always: bool = False) -> None:
+        """Run a stage unless it is complete. Raises UserError when its program fails or was stopped."""
         done = self.record.get(stage.name, {})
-        if not self.fresh and done.get("command") == stage.command and stage.result.exists():
+        if not always and not self.fresh and done.get("command") == stage.command and stage.finished():
             self.table.append((stage.name, float(done["seconds"]), "reused"))
             return
         self.fresh = True
@@ -71,17 +89,22 @@ class Demo:
         shown = " ".join(shlex.quote(_shorten(word)) for word in command)
         print(f"\n=== {stage.name}\n$ {shown}", flush=True)
         begin = time.perf_counter()
-        code = subprocess.run(command, cwd=ROOT, env=_environment(), check=False).returncode
+        process = subprocess.Popen(command, cwd=ROOT, env=_environment())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the program got it as well and writes its checkpoint: wait for that
+            process.wait()
+            raise
         seconds = time.perf_counter() - begin
-        if code or not stage.result.exists():
-            raise UserError(f"stage '{stage.name}' failed (exit code {code}); mend it and run the demo again")
+        if code or not stage.finished():
+            raise UserError(f"stage '{stage.name}' did not finish (exit code {code}); run the demo again to go on")
         self.record[stage.name] = {"command": stage.command, "seconds": seconds}
         write_json(self.record_file, self.record)
         self.table.append((stage.name, seconds, ""))
 
 
-def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
-    """From videos to latent shards."""
+def stages_of_videos(out: Path, videos: Path | None) -> list[Stage]:
+    """From nothing, or a folder of videos, to a list of the usable ones."""
     python, corpus = sys.executable, out / "corpus.jsonl"
     stages = []
     source = videos
@@ -92,14 +115,18 @@ def stages_before_training(out: Path, videos: Path | None) -> list[Stage]:
         stages.append(Stage("make videos", make, made))
     scan = [python, "-m", "data_tools.scan_videos", str(source), "--out", str(corpus)]
     scan += ["--validation_fraction", HELD_OUT]
+    return [*stages, Stage("scan videos", scan, corpus)]
+
+
+def stages_before_training(out: Path) -> list[Stage]:
+    """From the corpus to latent shards."""
+    python, corpus = sys.executable, out / "corpus.jsonl"
     shard = [python, "-m", "data_tools.shard_videos", "--corpus", str(corpus), "--size", str(SIZE)]
     # Two processes with a thread each are faster than one with two: the frames are small.
     launcher = [str(Path(python).with_name("torchrun")), "--nproc_per_node", str(num_ranks()), "--master_port", "PORT"]
     vae = [*launcher, "launch/train_vae.py", "--config", "arvae_tiny", "--train.micro_batch_size", "8"]
     extract = [python, "-m", "data_tools.extract_latents", "--corpus", str(corpus)]
     return [
-        *stages,
-        Stage("scan videos", scan, corpus),
         Stage("frame shards", [*shard, "--out", str(out / "frames")], out / "frames" / "manifest.json"),
         Stage(
             "train AR-VAE",
@@ -215,9 +242,17 @@ def main() -> int:
     if options.videos is not None and not options.videos.exists():
         raise UserError(f"--videos {options.videos}: no such folder")
     demo = Demo(options.out.resolve())
-    for stage in stages_before_training(demo.out, options.videos.resolve() if options.videos else None):
+    *making, scan = stages_of_videos(demo.out, options.videos.resolve() if options.videos else None)
+    for stage in making:
         demo.run(stage)
+    demo.run(scan, always=True)  # quick for known files, and finds new ones
+    demo.check_source(demo.out / "corpus.jsonl")
     corpus = read_corpus(demo.out / "corpus.jsonl")
+    splits = {entry.split for entry in corpus if entry.ok}
+    if splits != {"train", "validation"}:
+        raise UserError(f"{options.videos}: at least 2 usable videos are needed, one of them to be held out")
+    for stage in stages_before_training(demo.out):
+        demo.run(stage)
     found = classes(corpus)
     for stage in stages_from_training(demo.out, len(found) if len(found) > 1 else 0):
         demo.run(stage)

@@ -24,6 +24,7 @@ from ardiff.config import Config
 from ardiff.data.dataset import ShardSet, open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.plan import Plan
+from ardiff.errors import UserError
 from ardiff.files import write_json
 from ardiff.metrics.frechet import frechet_distance
 from ardiff.models import DiT
@@ -43,11 +44,26 @@ def all_features(shards: ShardSet, space: LatentSpace) -> Tensor:
     return torch.from_numpy(space.to_model(np.concatenate(videos))).flatten(1)
 
 
-def clip_features(shards: ShardSet, space: LatentSpace, num_videos: int, num_frames: int, seed: int) -> Tensor:
+def clip_features(
+    shards: ShardSet, space: LatentSpace, num_videos: int, num_frames: int, stride: int, seed: int
+) -> Tensor:
     """Features of the frames of random clips, as many as there are samples."""
-    visits = Plan(shards, seed, num_frames=num_frames).batch(0, num_videos)
-    clips = [shards.read_latents(visit.video, visit.first_frame, num_frames) for visit in visits]
+    visits = Plan(shards, seed, num_frames=num_frames, stride=stride).batch(0, num_videos)
+    clips = [shards.read_latents(visit.video, visit.first_frame, num_frames, stride) for visit in visits]
     return torch.from_numpy(space.to_model(np.concatenate(clips))).flatten(1)
+
+
+def open_latents(source: str, config: Config, space: LatentSpace) -> ShardSet:
+    """Latent shards that this model could have made. Raises UserError for those of another AR-VAE or shape."""
+    shards = open_shards(source, "latents")
+    found, model = LatentSpace.of(shards.manifest, space.normalize), config.model
+    shape = (shards.manifest.details["tokens"], shards.manifest.details["channels"])
+    if found.arvae_id != space.arvae_id or shape != (model.tokens_per_frame, model.in_channels):
+        raise UserError(
+            f"{source}: latents of AR-VAE {found.arvae_id}, {shape[0]} x {shape[1]} numbers a frame; the model was "
+            f"trained on AR-VAE {space.arvae_id}, {model.tokens_per_frame} x {model.in_channels}"
+        )
+    return shards
 
 
 def untrained(config: Config) -> DiT:
@@ -71,7 +87,9 @@ def main() -> int:
 
     network, config, space = load_dit(options.run, options.weights)
     request = request_of(options, config)
-    held_out = all_features(open_shards(options.data, "latents"), space)
+    if request.num_videos * request.num_frames < 2:
+        raise UserError("--num_videos 1 --num_frames 1: a distance needs at least 2 frames")
+    held_out = all_features(open_latents(options.data, config, space), space)
     shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
     noise = np.stack([normals(options.seed, Stream.SAMPLES, i, shape) for i in range(request.num_videos)])
     sets = {
@@ -80,8 +98,10 @@ def main() -> int:
         "noise": frame_features(torch.from_numpy(noise), space),
     }
     if options.train_data:
-        train = open_shards(options.train_data, "latents")
-        sets["training clips"] = clip_features(train, space, request.num_videos, request.num_frames, options.seed)
+        train = open_latents(options.train_data, config, space)
+        sets["training clips"] = clip_features(
+            train, space, request.num_videos, request.num_frames, config.data.stride, options.seed
+        )
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():

@@ -8,6 +8,7 @@ Writes one mp4 per video, contact_sheet.png (a row per video), latents.npy and s
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ardiff import cli
 from ardiff.config import Config
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json
-from ardiff.sampling.generate import Decoder, Request, generate
+from ardiff.sampling.generate import Decoder, Request, cache_mode, default_device, generate
 from ardiff.training.weights import load_dit
 from ardiff.video import contact_sheet, decode, resize_and_crop, write_mp4
 
@@ -43,10 +44,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace, config: Config) -> Request:
     """What the command line asks for. Raises UserError where it makes no sense."""
-    for name in ("num_videos", "num_frames", "steps", "batch_size"):
-        value = getattr(options, name)
+    for name in ("num_videos", "num_frames", "steps", "batch_size", "prefix_frames"):
+        value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    for name in ("fps", "guidance"):
+        value = getattr(options, name, None)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name} {value}: must be a number above 0")
     sampling, model = config.sampling, config.model
     num_steps = options.steps or sampling.num_steps
     gap = options.gap if options.gap is not None else min(sampling.gap, num_steps)
@@ -54,7 +59,6 @@ def request_of(options: argparse.Namespace, config: Config) -> Request:
     labels = [i % model.num_classes for i in range(options.num_videos)] if model.num_classes else None
     if guidance != 1.0 and labels is None:
         raise UserError(f"--guidance {guidance}: this model has no classes to guide towards; leave it at 1")
-    causal = model.mask != "bidirectional" and model.context == "strict"
     return Request(
         num_videos=options.num_videos,
         num_frames=options.num_frames or model.num_frames,
@@ -64,13 +68,13 @@ def request_of(options: argparse.Namespace, config: Config) -> Request:
         labels=labels,
         seed=options.seed,
         batch_size=options.batch_size,
-        cache="exact" if causal else "none",
+        cache=cache_mode(model),
     )
 
 
 def generate_with_bar(network: torch.nn.Module, config: Config, request: Request) -> Tensor:
     """`generate` on the GPU if there is one, with a progress bar on stderr."""
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network.to(default_device())
     with tqdm(unit="rows", desc="sampling", disable=None) as bar:
 
         def advance(row: int, rows: int) -> None:
@@ -82,7 +86,8 @@ def generate_with_bar(network: torch.nn.Module, config: Config, request: Request
 
 def _encode_prefix(path: Path, frames: int, config: Config, decoder: Decoder) -> Tensor:
     size = decoder.network.config.image_size
-    clip = [resize_and_crop(frame, size) for frame in decode(path, 0, frames * config.data.stride, config.data.stride)]
+    stride = decoder.space.stride * config.data.stride  # the rate of the training clips
+    clip = [resize_and_crop(frame, size) for frame in decode(path, 0, (frames - 1) * stride + 1, stride)]
     return decoder.encode(np.stack(clip))
 
 
@@ -111,10 +116,9 @@ def main() -> int:
         if frames >= request.num_frames:
             raise UserError(f"--prefix_frames {frames}: must leave something of --num_frames {request.num_frames}")
         request.prefix = _encode_prefix(options.prefix, frames, config, decoder)
+    options.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     latents = generate_with_bar(network, config, request)
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    fps = options.fps or space.fps or config.sampling.fps
+    fps = options.fps or (space.fps / config.data.stride if space.fps else config.sampling.fps)
     rows = []
     for i, video in enumerate(tqdm(latents, unit="videos", desc="decoding", disable=None)):
         pictures = decoder.decode(video[None])[0]
@@ -137,7 +141,7 @@ def _class_number(label: str, classes: list[str], config: Config) -> int:
         raise UserError(f"--label {label}: the model was trained without classes (model.num_classes = 0)")
     if label in classes:
         return classes.index(label)
-    if label.isdigit() and int(label) < count:
+    if label.isdecimal() and int(label) < count:
         return int(label)
     raise UserError(f"--label {label}: must be a number below {count} or one of {', '.join(classes)}")
 

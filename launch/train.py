@@ -24,7 +24,7 @@ from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import DiT
 from ardiff.monitor.throughput import dit_flops
-from ardiff.sampling.generate import Decoder, Request, generate
+from ardiff.sampling.generate import Decoder, Request, cache_mode, generate
 from ardiff.training import program
 from ardiff.training.job import Job, Preview
 
@@ -47,6 +47,12 @@ def build_job(config: Config) -> Job:
     classes = len(shards.manifest.classes)
     if model.num_classes and model.num_classes != classes:
         raise UserError(f"model.num_classes = {model.num_classes}, but the data have {classes} classes")
+    span = (model.num_frames - 1) * config.data.stride + 1
+    if model.mask != "frame_causal" and (shards.frames < span).any():
+        raise UserError(
+            f"{(shards.frames < span).sum()} videos are shorter than a clip ({span} frames): under model.mask = "
+            f"{model.mask} frames would read their padding; leave them out or use frame_causal"
+        )
     space = LatentSpace.of(shards.manifest, config.data.normalize)
     preview, note = _preview(config, space)
     return Job(
@@ -84,7 +90,7 @@ def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:
             guidance=sampling.guidance if classes else 1.0,
             labels=[i % classes for i in range(count)] if classes else None,
             seed=config.train.seed,
-            cache="exact" if config.model.mask != "bidirectional" and config.model.context == "strict" else "none",
+            cache=cache_mode(config.model),
         )
         videos = decoder.decode(generate(network, config, request))
         return {f"samples/{i:02d}": video for i, video in enumerate(videos)}
@@ -100,7 +106,7 @@ def main() -> int:
         "--data.shards /data/latents --run_dir runs/sky",
         "ardiff_xl",
     )
-    return program.main(parser, build_job, "model")
+    return program.main(parser, build_job, ("model.", "diffusion.", "data.normalize", "data.stride"))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main() -> int:
         "python launch/train_vae.py --config arvae_tiny --data.shards frames --run_dir runs/arvae",
         "arvae_tiny",
     )
-    return program.main(parser, build_job, "vae")
+    return program.main(parser, build_job, ("vae.", "data.stride"))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_nothing_but_the_override_changes():
 
 @pytest.mark.parametrize("overrides", [[], ["train.max_steps=7"]])
 def test_max_steps_defaults_to_the_sum_of_the_phases(overrides):
-    assert load("tiny", overrides).max_steps == (7 if overrides else 400)
+    assert load("tiny", overrides).max_steps == (7 if overrides else 1500)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -92,8 +93,16 @@ class ShardSet:
         """Frames of a video of pictures: uint8 [count, H, W, 3]."""
         start = int(self._first_row[video]) + first
         rows = range(start, start + (count - 1) * stride + 1, stride)
-        pictures = [Image.open(io.BytesIO(self._bytes(row).tobytes())) for row in rows]
-        return np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+        return np.stack([self._picture(row) for row in rows])
+
+    def _picture(self, row: int) -> np.ndarray:
+        data = self._bytes(row).tobytes()
+        if zlib.crc32(data) != int(self._rows[row]["crc32"]):
+            shard = self.manifest.shards[int(self._row_shard[row])]
+            raise UserError(
+                f"{self.manifest.folder / shard.file}: damaged at byte {self._rows[row]['offset']}; copy it again"
+            )
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def open_shards(source: str | Path, kind: str) -> ShardSet:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ardiff.data.shards import Manifest
+from ardiff.errors import UserError
 
 
 @dataclass
@@ -25,13 +26,20 @@ class LatentSpace:
     std: list[float]
     arvae_id: str
     arvae_path: str
-    fps: float | None
+    fps: float | None  # of the latents: the source's, divided by the stride
+    stride: int  # every how-manieth frame of the source was encoded
     classes: list[str]
 
     @classmethod
     def of(cls, manifest: Manifest, normalize: str) -> LatentSpace:
         """The latent space of a folder of latent shards."""
-        details = manifest.details
+        try:
+            return cls._from(manifest.details, manifest.classes, normalize)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{manifest.folder / 'manifest.json'}: not a manifest of latents ({error!r})") from error
+
+    @classmethod
+    def _from(cls, details: dict[str, Any], classes: list[str], normalize: str) -> LatentSpace:
         return cls(
             normalize,
             details["mean"],
@@ -39,7 +47,8 @@ class LatentSpace:
             details["arvae"]["id"],
             details["arvae"]["path"],
             details.get("fps"),
-            manifest.classes,
+            details.get("stride", 1),
+            classes,
         )
 
     def as_json(self) -> dict[str, Any]:

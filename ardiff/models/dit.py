@@ -40,7 +40,6 @@ class Attention(nn.Module):
         cos, sin = rotary_tables(
             first_frame, num_frames, config.tokens_per_frame, self.head_dim, config.rope_theta, x.device
         )
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         if num_context:  # context tokens have no position in time
             q, k = (
                 torch.cat([part[:, :, :num_context], apply_rotary(part[:, :, num_context:], cos, sin)], dim=2)

@@ -28,8 +28,10 @@ class TimestepEmbedding(nn.Module):
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, D] by per-token angles given as cos and sin [T, D/2]; halves of D are the two axes."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    dtype = torch.promote_types(x.dtype, torch.float32)  # bf16 could not tell neighbouring frames apart
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=64)

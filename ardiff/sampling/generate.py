@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ardiff.config import Config
+from ardiff.config import Config, ModelConfig
 from ardiff.data.latent_space import LatentSpace
 from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
@@ -81,6 +81,16 @@ def generate(
     return torch.cat(videos)
 
 
+def default_device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cache_mode(model: ModelConfig) -> str:
+    """`exact` where finished frames can be cached for this model, else `none`."""
+    return "exact" if model.mask != "bidirectional" and model.context == "strict" else "none"
+
+
 class Decoder:
     """An AR-VAE bound to the latent space that it decodes."""
 
@@ -91,7 +101,8 @@ class Decoder:
         if not source.exists():
             raise UserError(f"{source}: the AR-VAE of these latents is not there; name it with --arvae or --data.arvae")
         self.space = space
-        self.network, found = load_arvae(source)
+        network, found = load_arvae(source)
+        self.network, self.device = network.to(default_device()), default_device()
         if found != space.arvae_id:
             raise UserError(
                 f"{source}: AR-VAE {found} cannot decode latents made by AR-VAE {space.arvae_id}; "
@@ -101,13 +112,13 @@ class Decoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents of the model [V, F, L, C] -> pictures uint8 [V, F, H, W, 3]."""
-        flat = self.space.to_arvae(latents).flatten(0, 1)[None]
+        flat = self.space.to_arvae(latents).flatten(0, 1)[None].to(self.device)
         parts = [self.network.decode(flat[:, i : i + DECODED_FRAMES]) for i in range(0, flat.shape[1], DECODED_FRAMES)]
-        pixels = torch.cat(parts, dim=1)[0].float().clamp(0, 1).mul(255).round().byte()
+        pixels = torch.cat(parts, dim=1)[0].float().clamp(0, 1).mul(255).round().byte().cpu()
         return pixels.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2]).numpy()
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:
         """Pictures uint8 [F, H, W, 3] -> latents of the model [1, F, L, C]."""
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float() / 255
-        return torch.from_numpy(self.space.to_model(self.network.encode(video).float().numpy()))
+        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].to(self.device).float() / 255
+        return torch.from_numpy(self.space.to_model(self.network.encode(video).float().cpu().numpy()))

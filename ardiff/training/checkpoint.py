@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +50,7 @@ class State:
     seed: int
     order: str
     data_identity: str
+    precision: str
     world_size: int
     layout: list[list[tuple[str, list[int]]]]  # per group: name and shape of every parameter, in order
     latent_space: dict[str, Any] | None = None  # see LatentSpace; None for an AR-VAE
@@ -115,7 +118,7 @@ def _finish(temporary: Path, final: Path, entries: list[dict[str, Any]], state: 
         temporary.rename(final)
         sync(final.parent)
         write_text(final.parent / "latest", final.name + "\n")
-        _prune(final.parent, config.train.keep_checkpoints)
+        _prune(final, config.train.keep_checkpoints)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
@@ -124,9 +127,20 @@ def _finish(temporary: Path, final: Path, entries: list[dict[str, Any]], state: 
         ) from error
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step_*"))[:-keep]:
+def _prune(newest: Path, keep: int) -> None:
+    """Keep the last `keep` up to `newest`. What claims to be newer did not verify: it is set aside, not counted."""
+    found = _directories(newest.parent)
+    for damaged in (path for path in found if path.name > newest.name):
+        damaged.rename(damaged.with_name(f"damaged_{damaged.name}_{time.time_ns()}"))
+    for old in [path for path in found if path.name <= newest.name][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    for unfinished in newest.parent.glob(".step_*.tmp"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _directories(folder: Path) -> list[Path]:
+    """Checkpoint directories, oldest first; whatever else a user keeps there is left alone."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
 def problem_with(checkpoint: Path) -> str | None:
@@ -146,7 +160,7 @@ def problem_with(checkpoint: Path) -> str | None:
 
 def newest_valid(run_dir: Path) -> Path | None:
     """The newest checkpoint that verifies; damaged newer ones are reported and passed over."""
-    candidates = sorted((run_dir / "checkpoints").glob("step_*"), reverse=True)
+    candidates = _directories(run_dir / "checkpoints")[::-1]
     for checkpoint in candidates:
         problem = problem_with(checkpoint)
         if problem is None:
@@ -167,7 +181,10 @@ def read_state(checkpoint: Path) -> State:
         raise UserError(f"{checkpoint}: format {value.get('format')}, this version reads format {FORMAT_VERSION}")
     value["layout"] = [[(name, list(shape)) for name, shape in group] for group in value["layout"]]
     value["slices"] = [[(start, end) for start, end in groups] for groups in value["slices"]]
-    return State(**value)
+    try:
+        return State(**value)
+    except TypeError as error:
+        raise UserError(f"{checkpoint}: written by another version of ardiff ({error})") from error
 
 
 def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Tensor]:
@@ -193,7 +210,7 @@ def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Te
 def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objective: torch.nn.Module) -> None:
     """Restore this rank's share of a checkpoint, which may have been written by another number of ranks."""
     read = range_reader(checkpoint, state)
-    flat.load(read, state.adam_steps)
+    flat.load(read, state.adam_steps)  # the caller then updates the weights of the model, which is collective
     for group, (start, end) in enumerate(flat.ranges()):
         flat.fill(group, ema.partitions[group], read(f"group{group}.ema", start, end))
     ema.num_updates = state.ema_updates

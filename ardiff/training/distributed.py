@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ardiff.errors import UserError
+from ardiff.errors import EchoedError, UserError
 
 log = logging.getLogger("ardiff")
 T = TypeVar("T")
@@ -70,8 +70,18 @@ class World:
             raise failure
         if box[1] is not None:
             is_users, message = box[1]
-            raise UserError(message) if is_users else RuntimeError(f"rank 0 failed: {message}")
+            raise EchoedError(message) if is_users else RuntimeError(f"rank 0 failed: {message}")
         return box[0]
+
+    def agree(self, mistake: UserError | None) -> None:
+        """If any rank made a mistake, every rank raises it (collective): none waits for one that has gone."""
+        mistakes = self.gather(None if mistake is None else str(mistake))
+        found = [(rank, text) for rank, text in enumerate(mistakes) if text is not None]
+        if found:
+            rank, text = found[0]
+            everywhere = len({text for _, text in found}) == 1 and len(found) == self.size
+            message = text if everywhere or self.size == 1 else f"rank {rank}: {text}"
+            raise UserError(message) if self.is_main else EchoedError(message)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all ranks."""
@@ -83,15 +93,25 @@ def launcher_environment() -> None:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from whatever started this process."""
     if "RANK" not in os.environ:
         for names in _FOREIGN:
-            if all(name in os.environ for name in names) and "MASTER_ADDR" in os.environ:
+            if not all(name in os.environ for name in names):
+                continue
+            if "MASTER_ADDR" in os.environ:
                 for own, foreign in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
                     os.environ[own] = os.environ[foreign]
+                os.environ.setdefault("MASTER_PORT", "29500")
                 return
+            if int(os.environ[names[1]]) > 1:
+                raise UserError(f"{names[1]} = {os.environ[names[1]]} tasks, but MASTER_ADDR is not set: export it")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in alone.items()})
+        return
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set, but {', '.join(missing)} is not: use a launcher, or unset RANK for one process")
 
 
 def start(num_threads: int, timeout_minutes: float) -> World:
@@ -110,19 +130,28 @@ def start(num_threads: int, timeout_minutes: float) -> World:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     _set_default_timeout(timeout)
-    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+    on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
+    if on_cpu:
         # Otherwise a C++ extension that training never uses is compiled: minutes, and a crash without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _slurm_local_size())
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if not on_cpu:
+        num_gpus = torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(f"local rank {local_rank}, but there are {num_gpus} GPUs: start fewer ranks")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device, control)
+
+
+def _slurm_local_size() -> int:
+    """Tasks on this node under srun, 1 elsewhere; "4(x2)" means 4 on each of 2 nodes."""
+    return int(os.environ.get("SLURM_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0])
 
 
 def finish() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 from pathlib import Path
@@ -46,14 +45,29 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if settings.get(key, "auto") != "auto":
             raise UserError(f'--ds_config {path}: set {owner} instead of "{key}" (leave it out or give "auto")')
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    _check_ds_settings(path, settings)
+    return settings
+
+
+def _check_ds_settings(path: Path, settings: dict[str, Any]) -> None:
+    for key in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise UserError(f'--ds_config {path}: "{key}" must be a JSON object')
+    zero, bf16 = settings.get("zero_optimization", {}), bool(settings.get("bf16", {}).get("enabled"))
+    stage = zero.get("stage", 0)
     if stage not in (1, 2):
         raise UserError(f"--ds_config {path}: zero_optimization.stage = {stage}; ardiff trains with stage 1 or 2")
+    if stage == 1 and bf16:
+        raise UserError(f"--ds_config {path}: DeepSpeed keeps no flat master weights in bf16 at stage 1; use stage 2")
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"--ds_config {path}: fp16 is not supported, use bf16 (or neither, for fp32)")
-    if settings["zero_optimization"].get("round_robin_gradients"):
+    if bf16 and settings.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":
+        raise UserError(f"--ds_config {path}: data_types.grad_accum_dtype must be fp32")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device", "none") != "none":
+            raise UserError(f"--ds_config {path}: zero_optimization.{key} is not supported; remove it")
+    if zero.get("round_robin_gradients"):
         raise UserError(f"--ds_config {path}: remove round_robin_gradients, it reorders what checkpoints hold")
-    return settings
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -95,17 +109,17 @@ class Engine:
 
     def __init__(self, objective: nn.Module, config: Config, ds_settings: dict[str, Any], world: World) -> None:
         import deepspeed
+        import pydantic
+        from deepspeed.runtime.config import DeepSpeedConfigError
 
         self.config, self.world = config, world
         self.accumulation = accumulation_steps(config, world.size)
         train = config.train
         self.ds_config = {
             **ds_settings,
-            # One DeepSpeed "batch" is one of our steps: accumulation goes through coalesce_grad_reduction, which
-            # reduces once per step and not, as ZeRO-2 otherwise does, after every micro-batch.
-            "train_batch_size": train.micro_batch_size * world.size,
+            "train_batch_size": train.global_batch_size,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": train.grad_clip,
             "steps_per_print": 1_000_000_000,
         }
@@ -120,8 +134,16 @@ class Engine:
             eps=train.adam_eps,
             fused=world.device.type == "cuda",
         )
-        self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=self.ds_config)
+        try:
+            self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=self.ds_config)
+        except (pydantic.ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"--ds_config: DeepSpeed refuses it ({' '.join(str(error).split())})") from error
         self.elements_per_frame = int(objective.elements_per_frame)  # type: ignore[arg-type]
+
+    @property
+    def precision(self) -> str:
+        """`bf16` or `fp32`, of the computation; master weights are fp32 in both."""
+        return "bf16" if self.ds_config.get("bf16", {}).get("enabled") else "fp32"
 
     @property
     def objective(self) -> nn.Module:
@@ -142,15 +164,14 @@ class Engine:
             group["lr"] = learning_rate(self.config, step)
         # DeepSpeed averages gradients over ranks; multiplying by their number makes it the sum.
         scale = self.world.size / (batch.num_frames * self.elements_per_frame)
-        once = self.deepspeed.coalesce_grad_reduction() if self.accumulation > 1 else contextlib.nullcontext()
         all_terms: list[Terms] = []
-        with once:
-            for micro_batch in batch.micro_batches:
-                on_device = {name: part.to(self.world.device, non_blocking=True) for name, part in micro_batch.items()}
-                terms: Terms = self.deepspeed(on_device)
-                self.deepspeed.backward(terms["loss"][0] * scale)
-                all_terms.append({name: (total.detach(), count) for name, (total, count) in terms.items()})
-        self.deepspeed.step()
+        for micro_batch in batch.micro_batches:
+            on_device = {name: part.to(self.world.device, non_blocking=True) for name, part in micro_batch.items()}
+            terms: Terms = self.deepspeed(on_device)
+            # DeepSpeed's coalesce_grad_reduction would reduce once per step, but it adds up micro-batches in bf16.
+            self.deepspeed.backward(terms["loss"][0] * scale, scale_wrt_gas=False)
+            self.deepspeed.step()  # updates at the last micro-batch only
+            all_terms.append({name: (total.detach(), count) for name, (total, count) in terms.items()})
         return all_terms, self.deepspeed.was_step_applied()
 
     def grad_norm(self) -> Tensor | float:

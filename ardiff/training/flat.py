@@ -88,7 +88,10 @@ class FlatState:
         return tensors
 
     def load(self, read: Callable[[str, int, int], Tensor], adam_steps: list[int]) -> None:
-        """Restore everything from `read(name, start, end)`, which yields canonical ranges (see `export`)."""
+        """Restore everything from `read(name, start, end)`, which yields canonical ranges (see `export`).
+
+        The model still computes with its old weights until `publish`, which all ranks call together.
+        """
         for group, (start, end) in enumerate(self.ranges()):
             master = self.partitions[group]
             with torch.no_grad():
@@ -99,6 +102,9 @@ class FlatState:
             device = master.device if self._optimizer.optimizer.param_groups[group].get("fused") else "cpu"
             step = torch.tensor(float(adam_steps[group]), device=device)
             self._optimizer.optimizer.state[master] = {"step": step, **moments}
+
+    def publish(self) -> None:
+        """Give the master weights to the model (collective)."""
         self._optimizer.update_lp_params()
 
     def adam_steps(self) -> list[int]:

@@ -59,9 +59,15 @@ class Trainer:
         found = self.world.from_main(lambda: checkpoint.newest_valid(self.folder))
         if found is None:
             return
-        state = checkpoint.read_state(found)
-        run_dir.check_state(state, found, self.config, self.job.shards.identity)
-        checkpoint.load(found, state, self.flat, self.ema, self.engine.objective)
+        mistake: UserError | None = None
+        try:
+            state = checkpoint.read_state(found)
+            run_dir.check_state(state, self.state(), found)
+            checkpoint.load(found, state, self.flat, self.ema, self.engine.objective)
+        except UserError as error:
+            mistake = error
+        self.world.agree(mistake)
+        self.flat.publish()
         self.engine.deepspeed.skipped_steps = state.skipped_steps
         self.step, self.samples = state.step, state.samples
         if self.world.is_main:
@@ -132,7 +138,15 @@ class Trainer:
         """Write a checkpoint (collective)."""
         if writer is not None:
             writer.flush()
-        state = checkpoint.State(
+        path = checkpoint.save(
+            self.folder, self.state(), self.flat, self.ema, self.engine.objective, self.config, self.world
+        )
+        if self.world.is_main:
+            log.info("checkpoint %s", path)
+
+    def state(self) -> checkpoint.State:
+        """What a checkpoint says of this moment."""
+        return checkpoint.State(
             step=self.step,
             samples=self.samples,
             skipped_steps=self.engine.skipped_steps,
@@ -141,25 +155,26 @@ class Trainer:
             seed=self.config.train.seed,
             order=self.config.data.order,
             data_identity=self.job.shards.identity,
+            precision=self.engine.precision,
             world_size=self.world.size,
             layout=self.flat.layout,
             latent_space=self.job.latent_space.as_json() if self.job.latent_space else None,
             versions=run_dir.versions(),
         )
-        path = checkpoint.save(self.folder, state, self.flat, self.ema, self.engine.objective, self.config, self.world)
-        if self.world.is_main:
-            log.info("checkpoint %s", path)
 
     def preview(self, writer: MetricsWriter | None) -> None:
         """Sample videos with the averaged weights (all ranks enter, rank 0 draws)."""
         with self.ema.swapped_in():
             if writer is not None and self.job.preview is not None:
                 objective = self.engine.objective.eval()
-                with torch.no_grad():
-                    videos = self.job.preview(objective.network)  # type: ignore[arg-type]
+                try:  # a failure here must neither end a run of weeks nor leave the other ranks waiting
+                    with torch.no_grad():
+                        videos = self.job.preview(objective.network)  # type: ignore[arg-type]
+                    for tag, video in videos.items():
+                        writer.add_video(tag, video, self.step, self.config.sampling.fps)
+                except Exception:
+                    log.exception("no sample videos at step %d", self.step)
                 objective.train()
-                for tag, video in videos.items():
-                    writer.add_video(tag, video, self.step, self.config.sampling.fps)
             self.world.barrier()
 
 

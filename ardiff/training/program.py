@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ardiff import cli
-from ardiff.config import Config
-from ardiff.errors import UserError
+from ardiff.config import Config, TrainConfig
+from ardiff.errors import EchoedError, UserError
 from ardiff.training import distributed, run_dir
 from ardiff.training.engine import accumulation_steps, read_ds_config
 from ardiff.training.job import Job
@@ -36,20 +37,17 @@ def arguments(description: str, example: str, default_config: str) -> argparse.A
     return parser
 
 
-def main(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -> int:
+def main(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]) -> int:
     """Parse, check, train. A user's mistake ends in one line, exit code 2 and run_dir/exit.json.
 
-    `section` of the configuration is what a run_dir is made for: another one there is refused.
+    fixed: sections and settings of the configuration that a run_dir is made for; with others it is refused.
     """
     options, _ = parser.parse_known_args()
     distributed.launcher_environment()
     try:
-        outcome = _train(parser, build_job, section)
-    except UserError as error:
-        _record(options.run_dir, "user error: " + " ".join(str(error).split()), cli.EXIT_USER_ERROR, None)
-        raise
-    except Exception as error:
-        _record(options.run_dir, f"{type(error).__name__}: {error}", cli.EXIT_FAILURE, None)
+        outcome = _train(parser, build_job, fixed)
+    except BaseException as error:
+        _record_failure(options.run_dir, error)
         raise
     finally:
         distributed.finish()
@@ -57,23 +55,43 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -> 
     return cli.EXIT_OK
 
 
-def _train(parser: argparse.ArgumentParser, build_job: BuildJob, section: str) -> Outcome:
-    options, config = cli.parse_with_config(parser)
+def _train(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]) -> Outcome:
     _configure_logging()
-    # Everything that can be refused is refused before processes connect: no rank is left waiting for another.
-    run_dir.check(options.run_dir, config, section, options.resume)
+    prepared: tuple[Path, Config, dict[str, Any], Job] | None = None
+    mistake: UserError | None = None
+    try:
+        prepared = _prepare(parser, build_job, fixed)
+    except (UserError, OSError) as error:
+        mistake = cli.as_user_error(error)
+        if mistake is None or os.environ["WORLD_SIZE"] == "1":
+            raise
+    # A mistake may concern one rank only, such as shards that its node lacks: the ranks meet and agree first.
+    train_config = prepared[1].train if prepared else TrainConfig()
+    world = distributed.start(train_config.num_threads, train_config.collective_timeout_minutes)
+    world.agree(mistake)
+    assert prepared is not None
+    folder, config, ds_settings, job = prepared
+    world.from_main(lambda: run_dir.lock(folder))
+    trainer = Trainer(job, folder, ds_settings, world)
+    if world.is_main:
+        _announce(job, trainer, folder)
+    trainer.resume()  # may still refuse, so nothing is written before it
+    if world.is_main:
+        run_dir.describe(folder, config, trainer.engine.ds_config, world.size)
+        run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
+    return train(trainer)
+
+
+def _prepare(
+    parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]
+) -> tuple[Path, Config, dict[str, Any], Job]:
+    """Everything that can be refused before processes connect."""
+    options, config = cli.parse_with_config(parser)
+    run_dir.check(options.run_dir, config, fixed, options.resume)
     default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
     ds_settings = read_ds_config(options.ds_config or default)
     accumulation_steps(config, int(os.environ["WORLD_SIZE"]))
-    job = build_job(config)
-    world = distributed.start(config.train.num_threads, config.train.collective_timeout_minutes)
-    trainer = Trainer(job, options.run_dir, ds_settings, world)
-    if world.is_main:
-        _announce(job, trainer, options.run_dir)
-    trainer.resume()  # may still refuse, so nothing is written before it
-    if world.is_main:
-        run_dir.describe(options.run_dir, config, trainer.engine.ds_config, world.size)
-    return train(trainer)
+    return options.run_dir, config, ds_settings, build_job(config)
 
 
 def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
@@ -107,8 +125,23 @@ def _configure_logging() -> None:
     log.handlers, log.propagate = [handler], False
 
 
-def _record(folder: Path | None, reason: str, code: int, step: int | None) -> None:
-    if folder is None or os.environ.get("RANK", "0") != "0":
+def _record_failure(folder: Path, error: BaseException) -> None:
+    """exit.json of a run that did not end well. The first rank to fail says why, the others follow from it."""
+    mistake = cli.as_user_error(error)
+    if isinstance(mistake, EchoedError):
+        return
+    if mistake is not None:
+        _record(folder, "user error: " + " ".join(str(mistake).split()), cli.EXIT_USER_ERROR, None, any_rank=True)
+        return
+    ended = run_dir.read_exit(folder)
+    if ended is None or ended.get("reason") == run_dir.RUNNING or os.environ.get("RANK", "0") == "0":
+        if ended and ended.get("code") == cli.EXIT_USER_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
+            return  # another rank has told the cause already
+        _record(folder, f"{type(error).__name__}: {error}", cli.EXIT_FAILURE, None, any_rank=True)
+
+
+def _record(folder: Path, reason: str, code: int, step: int | None, any_rank: bool = False) -> None:
+    if os.environ.get("RANK", "0") != "0" and not any_rank:
         return
     if code == cli.EXIT_USER_ERROR and not run_dir.is_ours(folder):
         return  # the mistake is the folder itself: leave it as it is

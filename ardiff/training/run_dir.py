@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from ardiff.files import write_json, write_text
 from ardiff.training.checkpoint import State
 
 log = logging.getLogger("ardiff")
+RUNNING = "running"  # in exit.json until the run has ended: what a kill leaves
 PACKAGES = ("ardiff", "torch", "deepspeed", "webdataset", "numpy", "flash-attn", "xformers")
 
 
@@ -29,14 +33,16 @@ def is_ours(run_dir: Path) -> bool:
 
 
 def _contents(run_dir: Path) -> list[Path]:
-    """What lies in a folder besides the note of an earlier refusal."""
-    return [path for path in run_dir.iterdir() if path.name != "exit.json"] if run_dir.is_dir() else []
+    """What lies in a folder besides the notes of an earlier refusal."""
+    notes = ("exit.json", ".lock")
+    return [path for path in run_dir.iterdir() if path.name not in notes] if run_dir.is_dir() else []
 
 
-def check(run_dir: Path, config: Config, section: str, resume: str) -> None:
+def check(run_dir: Path, config: Config, fixed: tuple[str, ...], resume: str) -> None:
     """Refuse a run_dir that cannot be continued with this configuration. Changes nothing.
 
-    Raises UserError for `resume none` in a folder that is not empty, and for a run of another model.
+    fixed: sections and settings that make a run what it is. Raises UserError for `resume none` in a folder that is not
+    empty, and for a run with other fixed settings.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run_dir {run_dir}: is not a folder")
@@ -47,28 +53,46 @@ def check(run_dir: Path, config: Config, section: str, resume: str) -> None:
     if not is_ours(run_dir):
         raise UserError(f"--run_dir {run_dir}: not empty, and not the folder of a run (it has no config.yaml)")
     old = load(str(run_dir / "config.yaml"))
-    changed = differences(getattr(old, section), getattr(config, section), f"{section}.")
+    every = differences(old, config)
+    changed = [line for line in every if line.startswith(fixed)]
     if changed:
         raise UserError(
             f"--run_dir {run_dir}: holds a run of another model ({'; '.join(changed)}); "
             "choose another --run_dir or give the settings of its config.yaml"
         )
-    others = [line for line in differences(old, config) if line not in changed]
-    if others:
-        log.warning("settings changed since the run began: %s", "; ".join(others))
+    if every:
+        log.warning("settings changed since the run began: %s", "; ".join(every))
 
 
-def check_state(state: State, checkpoint: Path, config: Config, data_identity: str) -> None:
-    """Refuse to continue a checkpoint on other data or with another seed: the curve would not be the same run's."""
+def check_state(state: State, now: State, checkpoint: Path) -> None:
+    """Refuse to continue a checkpoint from what it was not: the curve would not be the same run's. `now` is a fresh
+    state of this start.
+
+    Raises UserError for other data, seed, order, precision or parameters.
+    """
     for what, old, new, remedy in (
-        ("data", state.data_identity, data_identity, "give the --data.shards it was trained on"),
-        ("train.seed", state.seed, config.train.seed, f"use --train.seed {state.seed}"),
-        ("data.order", state.order, config.data.order, f"use --data.order {state.order}"),
+        ("data", state.data_identity, now.data_identity, "give the --data.shards it was trained on"),
+        ("train.seed", state.seed, now.seed, f"use --train.seed {state.seed}"),
+        ("data.order", state.order, now.order, f"use --data.order {state.order}"),
+        ("precision", state.precision, now.precision, "use the --ds_config it was trained with"),
+        ("latent space", _without_path(state), _without_path(now), "use the same data.normalize and AR-VAE"),
     ):
         if old != new:
             raise UserError(
                 f"{checkpoint}: was trained with another {what} ({old} -> {new}); {remedy}, or a new --run_dir"
             )
+
+    before, after = ([entry for group in layout for entry in group] for layout in (state.layout, now.layout))
+    for old_entry, new_entry in zip_longest(before, after):
+        if old_entry != new_entry:
+            raise UserError(
+                f"{checkpoint}: holds parameter {old_entry} where the model now has {new_entry}; "
+                "continue with the version of ardiff that wrote it"
+            )
+
+
+def _without_path(state: State) -> dict[str, Any]:
+    return {key: value for key, value in (state.latent_space or {}).items() if key != "arvae_path"}
 
 
 def describe(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int) -> None:
@@ -114,7 +138,19 @@ def _git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def write_exit(run_dir: Path, reason: str, code: int, step: int | None) -> None:
+def lock(run_dir: Path) -> int:
+    """Hold run_dir for this process until it ends. Raises UserError while another run has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise UserError(f"--run_dir {run_dir}: another run is writing there; stop it or choose another") from error
+    return handle
+
+
+def write_exit(run_dir: Path, reason: str, code: int | None, step: int | None) -> None:
     """run_dir/exit.json: how the run ended (launchers replace exit codes by their own)."""
     write_json(run_dir / "exit.json", {"reason": reason, "code": code, "step": step})
 

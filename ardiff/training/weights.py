@@ -77,7 +77,11 @@ def load_dit(source: Path, vector: str = "ema") -> tuple[DiT, Config, LatentSpac
     stored = read_weights(source, vector)
     if stored.latent_space is None:
         raise UserError(f"{stored.origin}: does not hold a diffusion transformer (is it the run of an AR-VAE?)")
-    return _fill(DiT(stored.config.model), stored), stored.config, LatentSpace(**stored.latent_space)
+    try:
+        space = LatentSpace(**stored.latent_space)
+    except TypeError as error:
+        raise UserError(f"{stored.origin}: its latent space is not one that this version knows ({error})") from error
+    return _fill(DiT(stored.config.model), stored), stored.config, space
 
 
 def load_arvae(source: Path) -> tuple[ARVAE, str]:
@@ -95,6 +99,9 @@ def load_arvae(source: Path) -> tuple[ARVAE, str]:
 def export(source: Path, out: Path) -> Path:
     """Write the networks of a run or checkpoint for use elsewhere; returns the checkpoint that was exported."""
     checkpoint = find_checkpoint(source)
+    if (out / "checkpoints").exists() or (out / "MANIFEST.json").exists():
+        raise UserError(f"--out {out}: is a run or a checkpoint, an export there would hide it; choose another folder")
+    (out / "latent_space.json").unlink(missing_ok=True)
     for vector, name in FILES.items():
         stored = read_weights(checkpoint, vector)
         with replacing(out / name) as temporary:

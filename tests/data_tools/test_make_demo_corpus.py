@@ -1,5 +1,6 @@
 """The demo corpus: real videos, deterministic, resumable, and moving the way a model can learn."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_restart_completes_to_the_same_bytes(corpus, tmp_path, capsys):
     videos = sorted(folder.rglob("*.mp4"))
     videos[0].write_bytes(videos[0].read_bytes()[:-300])  # truncated by someone
     videos[1].unlink()
-    (videos[2].parent / f".{videos[2].name}.tmp.999999999").write_bytes(b"half")  # what a killed process leaves
+    (videos[2].parent / f".{videos[2].name}.tmp.{platform.node()}.999999999").write_bytes(
+        b"half"
+    )  # what a killed process leaves
     untouched = videos[3].stat().st_mtime_ns
     capsys.readouterr()
     main(["--out", str(folder), *SMALL])

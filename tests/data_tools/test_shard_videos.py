@@ -1,6 +1,7 @@
 """shard_videos: what lies in the shards, and that runs which are killed or repeated give the same bytes."""
 
 import io
+import platform
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,9 @@ def kill_after_the_first_shard(corpus: Path, out: Path) -> bool:
 
 def test_a_killed_run_completes_to_the_same_bytes(corpus, shards, tmp_path):
     out = next(out for out in map(tmp_path.joinpath, "abcdef") if kill_after_the_first_shard(corpus, out))
-    (out / ".frames-000001.tar.tmp.999999999").write_bytes(b"half")  # had it been killed while writing
+    (out / f".frames-000001.tar.tmp.{platform.node()}.999999999").write_bytes(
+        b"half"
+    )  # had it been killed while writing
     done = min(out.glob("*.done.json"))
     kept = out / done.name.replace("done.json", "tar")
     before = kept.stat().st_mtime_ns

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import ROOT, exit_record, metrics, run
+from processes import ROOT, exact, exit_record, metrics, run
 
 from ardiff.data.dataset import open_shards
 from ardiff.video import decode
@@ -60,6 +60,14 @@ def test_training_leaves_metrics_and_videos_in_tensorboard(work):
         board = EventAccumulator(str(work / name / "tensorboard")).Reload()
         assert tag in board.Tags()["images"]
         assert "train/loss" in board.Tags()["scalars"]
+
+
+def test_previews_do_not_change_training(work, tmp_path):
+    """They swap averaged weights in and out in the middle of a run."""
+    dit = ["launch/train.py", "--config", "tiny", "--data.shards", str(work / "latents"), "--model.num_classes", "6"]
+    dit += ["--model.hidden_size", "32", "--model.num_heads", "2", "--train.max_steps", "4", "--train.log_every", "1"]
+    succeed(*dit, "--train.sample_every", "1", "--run_dir", str(tmp_path / "dit"))
+    assert exact(tmp_path / "dit") == exact(work / "dit")
 
 
 def test_latents_are_those_of_the_encoder(work):

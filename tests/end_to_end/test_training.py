@@ -15,6 +15,7 @@ from processes import exact, exit_record, kill_group, metrics, run, start, train
 pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("launcher")]
 
 STEPS = 50
+NOTES = ("exit.json", ".lock")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
     missing = tmp_path / "missing"
     shutil.copytree(shards, missing)
     (missing / "latents-000000.tar").unlink()
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != "exit.json"}
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name not in NOTES}
     cases = [
         (tmp_path / "a", tmp_path / "nowhere", (), "nowhere: no such folder"),
         (tmp_path / "b", missing, (), "latents-000000.tar: missing"),
@@ -142,7 +143,10 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
         (tmp_path / "d", shards, ("--model.dept", "3"), "did you mean 'model.depth'?"),
         (undisturbed, shards, ("--model.depth", "3"), "run of another model (model.depth: 2 -> 3)"),
         (undisturbed, shards, ("--train.seed", "3"), "another train.seed (0 -> 3)"),
+        (undisturbed, shards, ("--diffusion.prediction", "eps"), "another model (diffusion.prediction: x0 -> eps)"),
+        (undisturbed, shards, ("--data.normalize", "none"), "another model (data.normalize: unit -> none)"),
         (undisturbed, shards, ("--resume", "none"), "not empty and --resume none"),
+        (undisturbed, shards, ("--resum", "none"), "did you mean '--resume'?"),
         (tmp_path / "e", shards, ("--train.global_batch_size", "15"), "15 is no multiple of"),
     ]
     for run_dir, data, extra, message in cases:
@@ -153,7 +157,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
         assert "Traceback" not in output
         record = exit_record(run_dir)
         assert record["code"] == 2 and message in record["reason"]
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name != "exit.json"}
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name not in NOTES}
 
 
 def test_mistake_under_the_launcher_is_told_once(tmp_path, shards):
@@ -164,13 +168,47 @@ def test_mistake_under_the_launcher_is_told_once(tmp_path, shards):
     assert exit_record(tmp_path / "run")["code"] == 2
 
 
-def test_sampling_threads_and_previews_do_not_change_training(tmp_path, shards, undisturbed):
-    """`global` metrics are a function of the step: logging less often gives the same numbers at the same steps."""
+def test_metrics_do_not_depend_on_how_often_one_logs_and_saves(tmp_path, shards, undisturbed):
+    """They are a function of the step."""
     limits = ("--train.max_steps", "20", "--train.log_every", "5", "--train.save_every", "7")
     code, output = run(train(tmp_path / "run", shards, *limits))
     assert code == 0, output
     expected = [line for line in exact(undisturbed) if line[0] % 5 == 0 and line[0] <= 20]
     assert exact(tmp_path / "run") == expected
+
+
+def test_a_mistake_of_one_rank_ends_all_of_them(tmp_path, shards):
+    """As when shards are missing on one node: rank 1 sees a folder without its shard."""
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    (broken / "latents-000000.tar").unlink()
+    link = tmp_path / "rank1.py"
+    link.write_text(
+        "import os, sys, runpy\n"
+        f"if os.environ['RANK'] == '1':\n"
+        f"    sys.argv[sys.argv.index('--data.shards') + 1] = {str(broken)!r}\n"
+        "sys.argv[0] = 'launch/train.py'\n"
+        "runpy.run_path('launch/train.py', run_name='__main__')\n"
+    )
+    command = train(tmp_path / "run", shards, "--train.max_steps", "3")
+    command[command.index("launch/train.py")] = str(link)
+    code, output = run(command, timeout=120)
+    assert code != 0
+    assert output.count("error: rank 1: ") == 1 and "latents-000000.tar: missing" in output
+    record = exit_record(tmp_path / "run")
+    assert record["code"] == 2 and "rank 1" in record["reason"]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, shards):
+    run_dir = tmp_path / "run"
+    process = start(train(run_dir, shards, "--train.max_steps", "100000", kind="python", ranks=1))
+    try:
+        wait_for_step(run_dir, 2, process)
+        code, output = run(train(run_dir, shards, "--train.max_steps", "100000", kind="python", ranks=1))
+        assert code == 2 and "another run is writing there" in output
+    finally:
+        kill_group(process)
+        process.communicate()
 
 
 def test_helpers_see_every_exact_field(undisturbed):

@@ -34,6 +34,7 @@ def make(run_dir: Path, step: int, cuts: tuple[int, ...] = (0, 4, 7), seed: int 
         seed=0,
         order="global",
         data_identity="d",
+        precision="fp32",
         world_size=len(slices),
         layout=[[("network.a", [2, 2]), ("network.b", [3])]],
         slices=[[part] for part in slices],
@@ -83,6 +84,20 @@ def test_nothing_intact_is_an_error_not_a_fresh_start(tmp_path):
     with pytest.raises(UserError, match="none of 1 checkpoints is intact"):
         checkpoint.newest_valid(tmp_path)
     assert checkpoint.newest_valid(tmp_path / "fresh") is None
+
+
+def test_pruning_never_removes_the_newest_nor_what_is_not_its_own(tmp_path):
+    """A damaged newer one does not count, and a folder that a user put there stays."""
+    for step in (3, 4, 5, 9):
+        make(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_backup_of_mine").mkdir()
+    (folder / ".step_00000004.tmp").mkdir()
+    checkpoint._prune(folder / "step_00000005", keep=1)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[1:] == ["step_00000005", "step_backup_of_mine"]
+    assert names[0].startswith("damaged_step_00000009")
+    assert checkpoint.newest_valid(tmp_path) == folder / "step_00000005"
 
 
 class Bomb:

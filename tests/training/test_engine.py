@@ -45,6 +45,13 @@ def test_every_parameter_is_in_one_group():
         ({}, "stage = 0"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "use bf16"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "use stage 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        (
+            {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}},
+            "must be fp32",
+        ),
+        ({"zero_optimization": 2}, "must be a JSON object"),
         ([1], "must be a JSON object"),
     ],
 )

@@ -74,6 +74,8 @@ def test_load_restores_weights_moments_and_steps_on_another_world():
             padding[span.local : span.local + span.length] = False
         before = flat.partitions[0].detach().clone()
         flat.load(read, adam_steps=[17])
+        assert zero.gathered == 0
+        flat.publish()
         start, end = flat.ranges()[0]
         exported = flat.export()
         for name, vector in vectors.items():
