@@ -34,9 +34,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Tests that start several processes share one worker, so that the cores are not oversubscribed.
+# A file is run by one worker: those that start several processes do not oversubscribe the cores.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf "$(OUT)" .mypy_cache .ruff_cache .pytest_cache

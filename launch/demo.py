@@ -84,7 +84,7 @@ class Demo:
         if not always and not self.fresh and done.get("command") == stage.command and stage.finished():
             self.table.append((stage.name, float(done["seconds"]), "reused"))
             return
-        self.fresh = True
+        self.fresh = self.fresh or not always
         command = [_free_port() if word == "PORT" else word for word in stage.command]
         shown = " ".join(shlex.quote(_shorten(word)) for word in command)
         print(f"\n=== {stage.name}\n$ {shown}", flush=True)

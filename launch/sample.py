@@ -23,6 +23,7 @@ from ardiff import cli
 from ardiff.config import Config
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json
+from ardiff.sampling import ad_levels
 from ardiff.sampling.generate import Decoder, Request, cache_mode, default_device, generate
 from ardiff.training.weights import load_dit
 from ardiff.video import contact_sheet, decode, resize_and_crop, write_mp4
@@ -59,6 +60,7 @@ def request_of(options: argparse.Namespace, config: Config) -> Request:
     labels = [i % model.num_classes for i in range(options.num_videos)] if model.num_classes else None
     if guidance != 1.0 and labels is None:
         raise UserError(f"--guidance {guidance}: this model has no classes to guide towards; leave it at 1")
+    ad_levels(options.num_frames or model.num_frames, num_steps, gap, model.block)  # refuses what is impossible
     return Request(
         num_videos=options.num_videos,
         num_frames=options.num_frames or model.num_frames,

@@ -31,6 +31,14 @@ def test_complete_stages_are_reused_and_later_ones_follow_a_change(tmp_path):
     assert (first.read_text(), second.read_text()) == ("xy", "x")
 
 
+def test_a_stage_that_always_runs_does_not_spoil_the_others(tmp_path):
+    for expected in (["", ""], ["", "reused"]):
+        demo = Demo(tmp_path)
+        demo.run(Stage("scan", writing(tmp_path / "first"), tmp_path / "first"), always=True)
+        demo.run(Stage("next", writing(tmp_path / "second"), tmp_path / "second"))
+        assert [note for _, _, note in demo.table] == expected
+
+
 def test_a_stage_that_fails_or_stops_early_is_not_complete(tmp_path):
     with pytest.raises(UserError, match="stage 'one' did not finish"):
         Demo(tmp_path).run(Stage("one", [sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "first"))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import processes
 from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step
 
-pytestmark = [pytest.mark.launcher, pytest.mark.xdist_group("launcher")]
+pytestmark = pytest.mark.launcher
 
 STEPS = 50
 NOTES = ("exit.json", ".lock")
