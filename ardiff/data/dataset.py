@@ -17,6 +17,8 @@ from ardiff.data.shards import INDEX_DTYPE, Manifest, ShardEntry, read_manifest
 from ardiff.errors import UserError
 from ardiff.files import sha256
 
+# What the manifest of each kind must say.
+DETAILS = {"latents": ("tokens", "channels", "mean", "std", "arvae"), "frames": ("size",)}
 OPEN_SHARDS = 128  # each memory map holds a file descriptor
 
 
@@ -129,7 +131,15 @@ def open_shards(source: str | Path, kind: str) -> ShardSet:
     if manifest.kind != kind:
         maker = {"latents": "data_tools.extract_latents", "frames": "data_tools.shard_videos"}[kind]
         raise UserError(f"{manifest.folder}: holds {manifest.kind}, but {kind} are needed (made by {maker})")
-    return ShardSet(manifest)
+    missing = [name for name in DETAILS[kind] if name not in manifest.details]
+    if missing:
+        raise UserError(f"{manifest.folder / 'manifest.json'}: says nothing of {', '.join(missing)}; make it anew")
+    try:
+        return ShardSet(manifest)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{manifest.folder / 'manifest.json'}: does not fit its shards ({error!r})") from error
 
 
 def _subset(manifest: Manifest, names: list[Path]) -> Manifest:

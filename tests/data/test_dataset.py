@@ -245,3 +245,27 @@ def test_an_empty_shard_among_others_is_harmless(tmp_path):
 def test_a_shard_set_can_be_built_from_a_manifest(folder):
     manifest = open_shards(folder, "latents").manifest
     assert len(ShardSet(manifest)) == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tokens": None}, "says nothing of tokens"),
+        ({"arvae": None}, "says nothing of arvae"),
+        ({"samples": "two"}, "does not fit its shards"),
+        ({"file": 3}, "does not fit its shards"),
+    ],
+)
+def test_a_manifest_edited_by_hand_is_refused_in_one_line(tmp_path, change, named):
+    write_latents(tmp_path)
+    path = tmp_path / "manifest.json"
+    value = json.loads(path.read_text())
+    for key, new in change.items():
+        if new is None:
+            del value[key]
+        else:
+            value["shards"][0][key] = new
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=named) as error:
+        open_shards(tmp_path, "latents")
+    assert str(path) in str(error.value)
