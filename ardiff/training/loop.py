@@ -52,6 +52,8 @@ class Trainer:
         self.ema = ShardedEMA(zero, config.train.ema_decay)
         self.step, self.samples = 0, 0
         self.clock = Clock()
+        # Decided by the rank that draws: all enter the averaged weights together, or none does.
+        self.has_previews = bool(world.from_main(lambda: config.train.sample_every and job.preview is not None))
         self._skipped_in_a_row = 0
 
     def resume(self) -> None:
@@ -200,8 +202,7 @@ def train(trainer: Trainer) -> Outcome:
                     if trainer.step % config.train.save_every == 0:
                         trainer.save(writer)
                         saved = trainer.step
-                    sample_every = config.train.sample_every
-                    if sample_every and trainer.job.preview and trainer.step % sample_every == 0:
+                    if trainer.has_previews and trainer.step % config.train.sample_every == 0:
                         trainer.preview(writer)
                 if signal_name and trainer.step < last:
                     reason = signal_name

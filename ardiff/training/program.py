@@ -22,6 +22,7 @@ from ardiff.training.loop import Outcome, Trainer, train
 
 log = logging.getLogger("ardiff")
 BuildJob = Callable[[Config], Job]
+_run_dir_is_ours = False  # from when rank 0 has locked it
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
@@ -72,6 +73,8 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[st
     assert prepared is not None
     folder, config, ds_settings, job = prepared
     world.from_main(lambda: run_dir.lock(folder))
+    global _run_dir_is_ours
+    _run_dir_is_ours = True
     trainer = Trainer(job, folder, ds_settings, world)
     if world.is_main:
         _announce(job, trainer, folder)
@@ -128,8 +131,8 @@ def _configure_logging() -> None:
 def _record_failure(folder: Path, error: BaseException) -> None:
     """exit.json of a run that did not end well. The first rank to fail says why, the others follow from it."""
     mistake = cli.as_user_error(error)
-    if isinstance(mistake, EchoedError):
-        return
+    if isinstance(mistake, EchoedError) or (not _run_dir_is_ours and run_dir.in_use(folder)):
+        return  # rank 0 tells it; or a live run is there, whose record is not ours to write
     if mistake is not None:
         _record(folder, "user error: " + " ".join(str(mistake).split()), cli.EXIT_USER_ERROR, None, any_rank=True)
         return

@@ -150,6 +150,17 @@ def lock(run_dir: Path) -> int:
     return handle
 
 
+def in_use(run_dir: Path) -> bool:
+    """Whether a live run holds run_dir."""
+    if not (run_dir / ".lock").is_file():
+        return False
+    try:
+        os.close(lock(run_dir))
+    except UserError:
+        return True
+    return False
+
+
 def write_exit(run_dir: Path, reason: str, code: int | None, step: int | None) -> None:
     """run_dir/exit.json: how the run ended (launchers replace exit codes by their own)."""
     write_json(run_dir / "exit.json", {"reason": reason, "code": code, "step": step})

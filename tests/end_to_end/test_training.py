@@ -206,6 +206,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path, shards):
         wait_for_step(run_dir, 2, process)
         code, output = run(train(run_dir, shards, "--train.max_steps", "100000", kind="python", ranks=1))
         assert code == 2 and "another run is writing there" in output
+        code, output = run(train(run_dir, shards, "--model.depth", "3", kind="python", ranks=1))
+        assert code == 2 and "run of another model" in output
+        assert exit_record(run_dir)["reason"] == "running"  # the live run's record is left alone
     finally:
         kill_group(process)
         process.communicate()
