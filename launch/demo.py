@@ -227,7 +227,7 @@ def summary(demo: Demo, num_videos: int) -> str:
     distances = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["frechet"]
     lines += ["", "Frechet distance to held-out latents (smaller is better):"]
     lines += [f"  {name:18s} {distance:10.4f}" for name, distance in distances.items()]
-    lines += [f"  samples are {distances['noise'] / distances['samples']:.0f} times closer than noise"]
+    lines += [f"  samples are {distances['noise'] / distances['samples']:.1f} times closer than noise"]
     lines += ["", f"look at the training: .venv/bin/tensorboard --logdir {_shorten(str(out))}"]
     return "\n".join(lines)
 
