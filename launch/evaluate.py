@@ -103,6 +103,10 @@ def main() -> int:
             train, space, request.num_videos, request.num_frames, config.data.stride, options.seed
         )
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
+    if len(held_out) < held_out.shape[1]:
+        print(
+            f"note: {len(held_out)} held-out frames are few for {held_out.shape[1]} numbers each; hold out more videos"
+        )
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():
         print(f"  {name:20s}{distance:10.4f}   ({len(sets[name])} frames)")

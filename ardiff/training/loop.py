@@ -24,13 +24,14 @@ from ardiff.training.job import Job
 from ardiff.training.stop import StopSignal
 
 log = logging.getLogger("ardiff")
+FINISHED = "finished"
 
 
 @dataclass
 class Outcome:
     """How a call of `train` ended."""
 
-    reason: str  # "finished" or the name of the signal
+    reason: str  # FINISHED or the name of the signal
     step: int
 
 
@@ -187,7 +188,7 @@ def train(trainer: Trainer) -> Outcome:
     writer = MetricsWriter(trainer.folder, trainer.step + 1, last) if world.is_main else None
     stream = trainer.open_stream()
     saved = trainer.step
-    reason = "finished"
+    reason = FINISHED
     clock.reset()
     with StopSignal(world) as stop:
         try:

@@ -18,7 +18,7 @@ from ardiff.errors import EchoedError, UserError
 from ardiff.training import distributed, run_dir
 from ardiff.training.engine import accumulation_steps, read_ds_config
 from ardiff.training.job import Job
-from ardiff.training.loop import Outcome, Trainer, train
+from ardiff.training.loop import FINISHED, Outcome, Trainer, train
 
 log = logging.getLogger("ardiff")
 BuildJob = Callable[[Config], Job]
@@ -53,6 +53,10 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str,
     finally:
         distributed.finish()
     _record(options.run_dir, outcome.reason, cli.EXIT_OK, outcome.step)
+    if outcome.reason == FINISHED:
+        log.info("finished at step %d; a larger --train.max_steps would go on", outcome.step)
+    else:
+        log.info("stopped by %s at step %d; the same command goes on", outcome.reason, outcome.step)
     return cli.EXIT_OK
 
 

@@ -75,7 +75,7 @@ def test_killed_run_continues_bit_for_bit(tmp_path, shards, undisturbed):
 
     code, output = run(command)
     assert code == 0, output
-    assert "resumed from" in output
+    assert "resumed from" in output and "finished at step 50" in output
     assert exact(run_dir) == exact(undisturbed)
 
     # The same checkpoint also continues on another number of ranks, equal to rounding.
