@@ -7,6 +7,7 @@ The same file works under torchrun and plain python. The same command again resu
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from ardiff.monitor.throughput import dit_flops
 from ardiff.sampling.generate import Decoder, Request, cache_mode, generate
 from ardiff.training import program
 from ardiff.training.job import Job, Preview
+
+NAME = "DiT"
 
 
 def build_job(config: Config) -> Job:
@@ -56,7 +59,7 @@ def build_job(config: Config) -> Job:
     space = LatentSpace.of(shards.manifest, config.data.normalize)
     preview, note = _preview(config, space)
     return Job(
-        name="DiT",
+        name=NAME,
         config=config,
         build_objective=lambda: DiffusionObjective(DiT(model), config),
         shards=shards,
@@ -72,6 +75,8 @@ def build_job(config: Config) -> Job:
 
 def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:
     """A function that draws sample videos, when there is an AR-VAE to decode them."""
+    if os.environ.get("RANK", "0") != "0":
+        return None, ""  # rank 0 draws; the others need not load an AR-VAE each
     if not config.train.sample_every:
         return None, "no sample videos (train.sample_every = 0)"
     try:
@@ -106,7 +111,7 @@ def main() -> int:
         "--data.shards /data/latents --run_dir runs/sky",
         "ardiff_xl",
     )
-    return program.main(parser, build_job, ("model.", "diffusion.", "data.normalize", "data.stride"))
+    return program.main(parser, build_job, NAME, ("model.", "diffusion.", "data.normalize", "data.stride"))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ardiff.monitor.throughput import arvae_flops
 from ardiff.training import program
 from ardiff.training.job import Job
 
+NAME = "AR-VAE"
 FRAMES_PER_CLIP = 1  # frames are encoded one by one; a batch of single frames is the most varied
 PREVIEW_FRAMES = 16
 
@@ -55,7 +56,7 @@ def build_job(config: Config) -> Job:
         return videos
 
     return Job(
-        name="AR-VAE",
+        name=NAME,
         config=config,
         build_objective=lambda: ReconstructionObjective(config.vae),
         shards=shards,
@@ -74,7 +75,7 @@ def main() -> int:
         "python launch/train_vae.py --config arvae_tiny --data.shards frames --run_dir runs/arvae",
         "arvae_tiny",
     )
-    return program.main(parser, build_job, ("vae.", "data.stride"))
+    return program.main(parser, build_job, NAME, ("vae.", "data.stride"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,6 @@ class CorpusEntry:
     def ok(self) -> bool:
         """Whether the video is to be used."""
         return self.status == OK
-
-    @property
-    def frame_rate(self) -> Fraction:
-        """Frames per second of a usable video."""
-        assert self.fps is not None
-        return Fraction(self.fps)
 
 
 def read_corpus(path: Path) -> list[CorpusEntry]:

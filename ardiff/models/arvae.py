@@ -4,8 +4,7 @@ A ViT encoder with L latent tokens and a ViT decoder with mask tokens (TiTok, Yu
 continuous bottleneck: latents are normalised to unit length per token before decoding, so only their direction counts.
 
 Latent tokens start as local averages of the patches, and mask tokens as local averages of the latent tokens,
-through learned weights: attention alone is slow to find out where each token belongs (on 64x64 demo clips, after
-240 steps at width 128, 20.1 dB with this start and 15.3 dB, no better than a plain colour, without).
+through learned weights: attention alone is slow to find out where each token belongs.
 """
 
 from __future__ import annotations

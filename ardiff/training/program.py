@@ -38,15 +38,16 @@ def arguments(description: str, example: str, default_config: str) -> argparse.A
     return parser
 
 
-def main(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]) -> int:
+def main(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...]) -> int:
     """Parse, check, train. A user's mistake ends in one line, exit code 2 and run_dir/exit.json.
 
-    fixed: sections and settings of the configuration that a run_dir is made for; with others it is refused.
+    name: what is trained, as in `Job.name`. fixed: sections and settings of the configuration that a run_dir is made
+    for; with others it is refused.
     """
     options, _ = parser.parse_known_args()
     distributed.launcher_environment()
     try:
-        outcome = _train(parser, build_job, fixed)
+        outcome = _train(parser, build_job, name, fixed)
     except BaseException as error:
         _record_failure(options.run_dir, error)
         raise
@@ -60,12 +61,12 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str,
     return cli.EXIT_OK
 
 
-def _train(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]) -> Outcome:
+def _train(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...]) -> Outcome:
     _configure_logging()
     prepared: tuple[Path, Config, dict[str, Any], Job] | None = None
     mistake: UserError | None = None
     try:
-        prepared = _prepare(parser, build_job, fixed)
+        prepared = _prepare(parser, build_job, name, fixed)
     except (UserError, OSError) as error:
         mistake = cli.as_user_error(error)
         if mistake is None or os.environ["WORLD_SIZE"] == "1":
@@ -84,17 +85,17 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[st
         _announce(job, trainer, folder)
     trainer.resume()  # may still refuse, so nothing is written before it
     if world.is_main:
-        run_dir.describe(folder, config, trainer.engine.ds_config, world.size)
+        run_dir.describe(folder, config, job.name, trainer.engine.ds_config, world.size)
         run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
     return train(trainer)
 
 
 def _prepare(
-    parser: argparse.ArgumentParser, build_job: BuildJob, fixed: tuple[str, ...]
+    parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...]
 ) -> tuple[Path, Config, dict[str, Any], Job]:
     """Everything that can be refused before processes connect."""
     options, config = cli.parse_with_config(parser)
-    run_dir.check(options.run_dir, config, fixed, options.resume)
+    run_dir.check(options.run_dir, config, name, fixed, options.resume)
     default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
     ds_settings = read_ds_config(options.ds_config or default)
     accumulation_steps(config, int(os.environ["WORLD_SIZE"]))

@@ -25,6 +25,14 @@ RUNNING = "running"  # in exit.json until the run has ended: what a kill leaves
 PACKAGES = ("ardiff", "torch", "deepspeed", "webdataset", "numpy", "flash-attn", "xformers")
 
 
+def _trains(run_dir: Path) -> str | None:
+    """What environment.json says that this run trains, if it says so."""
+    try:
+        return json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["trains"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def is_ours(run_dir: Path) -> bool:
     """True for the folder of a run, and for one that is empty or does not exist yet."""
     if not run_dir.exists():
@@ -38,11 +46,11 @@ def _contents(run_dir: Path) -> list[Path]:
     return [path for path in run_dir.iterdir() if path.name not in notes] if run_dir.is_dir() else []
 
 
-def check(run_dir: Path, config: Config, fixed: tuple[str, ...], resume: str) -> None:
+def check(run_dir: Path, config: Config, name: str, fixed: tuple[str, ...], resume: str) -> None:
     """Refuse a run_dir that cannot be continued with this configuration. Changes nothing.
 
-    fixed: sections and settings that make a run what it is. Raises UserError for `resume none` in a folder that is not
-    empty, and for a run with other fixed settings.
+    name: what is to be trained. fixed: sections and settings that make a run what it is. Raises UserError for
+    `resume none` in a folder that is not empty, and for a run of something else or with other fixed settings.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run_dir {run_dir}: is not a folder")
@@ -52,6 +60,9 @@ def check(run_dir: Path, config: Config, fixed: tuple[str, ...], resume: str) ->
         raise UserError(f"--run_dir {run_dir}: not empty and --resume none; choose another folder or use --resume auto")
     if not is_ours(run_dir):
         raise UserError(f"--run_dir {run_dir}: not empty, and not the folder of a run (it has no config.yaml)")
+    trains = _trains(run_dir)
+    if trains not in (None, name):
+        raise UserError(f"--run_dir {run_dir}: holds a run of the {trains}, not of the {name}; choose another folder")
     old = load(str(run_dir / "config.yaml"))
     every = differences(old, config)
     changed = [line for line in every if line.startswith(fixed)]
@@ -95,11 +106,11 @@ def _without_path(state: State) -> dict[str, Any]:
     return {key: value for key, value in (state.latent_space or {}).items() if key != "arvae_path"}
 
 
-def describe(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int) -> None:
+def describe(run_dir: Path, config: Config, name: str, ds_config: dict[str, Any], world_size: int) -> None:
     """Write config.yaml, ds_config.json and environment.json."""
     write_text(run_dir / "config.yaml", to_yaml(config))
     write_json(run_dir / "ds_config.json", ds_config)
-    write_json(run_dir / "environment.json", environment(world_size))
+    write_json(run_dir / "environment.json", {"trains": name, **environment(world_size)})
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -164,6 +164,11 @@ def test_evaluation_gives_distances(work, tmp_path):
     assert f"{distances['samples']:.4f}" in output
 
 
+def test_the_run_of_another_program_is_recognised(work):
+    dit = ["launch/train.py", "--config", "tiny", "--data.shards", str(work / "latents")]
+    assert "holds a run of the AR-VAE, not of the DiT" in fail(*dit, "--run_dir", str(work / "arvae"))
+
+
 def test_mistakes_in_sampling(work, tmp_path):
     sample = ["launch/sample.py", "--run", str(work / "dit"), "--out", str(tmp_path / "out")]
     assert "gap = 9 must lie between" in fail(*sample, "--steps", "5", "--gap", "9")
