@@ -28,8 +28,13 @@ setup(
         "tqdm>=4.66",
         "pyyaml>=6",
         "braceexpand>=0.1.7",
+        "fsspec[http]>=2024.6",
+        "scenedetect-headless>=0.7",
+        "imagehash>=4.3",
     ],
     extras_require={
+        "s3": ["s3fs>=2024.6"],
+        "gcs": ["gcsfs>=2024.6"],
         "cuda": ["flash-attn>=2.7.1", "xformers==0.0.35", "nvidia-ml-py>=12"],
         "test": [
             "pytest>=8",
