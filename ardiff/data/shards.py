@@ -1,6 +1,7 @@
 """Shards: WebDataset tars with an index beside each and one manifest for the folder.
 
-A folder of `kind` "latents" holds one sample per video: `KEY.latents.npy` (float16 [N, L, C]) and `KEY.json`.
+A folder of `kind` "latents" holds one sample per video: `KEY.json`, `KEY.latents.npy` (float16 [N, L, C]) and, if they
+were asked for, `KEY.flipped.npy` (the same of the mirrored frames) and `KEY.text.npy` (text features, float16 [N, D]).
 A folder of `kind` "frames" holds one sample per video: `KEY.json` and `KEY.00000.jpg`, `KEY.00001.jpg`, ...
 
     NAME.tar        the samples, readable by any WebDataset client
@@ -14,34 +15,44 @@ Nothing here is ever unpickled.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
-import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
 
+from ardiff.data.tar import Member, ShardError, read_members
 from ardiff.errors import UserError
 from ardiff.files import replacing, sha256, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 LATENTS_MEMBER = "latents.npy"
+FLIPPED_MEMBER = "flipped.npy"
+TEXT_MEMBER = "text.npy"
+MEMBERS = {LATENTS_MEMBER: 0, FLIPPED_MEMBER: 1, TEXT_MEMBER: 2}  # as numbered in the index; pictures are 0 as well
 FRAME_MEMBER = re.compile(r"\d{5}\.(jpg|png|webp)$")
+NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ){1,3}\d{0,9})\), \} *\n",
+    re.DOTALL,
+)
+MAX_JSON = 1 << 24
 INDEX_DTYPE = np.dtype(
     [
         ("sample", "<i8"),  # which sample of this shard
         ("offset", "<i8"),  # first byte of the data in the tar
         ("bytes", "<i8"),
-        ("frames", "<i4"),  # frames in this record: N for latents, 1 for a picture
+        ("frames", "<i4"),  # frames in this record: N for latents, 1 for a picture; of text, its tokens
         ("label", "<i4"),  # class, or -1
         ("crc32", "<u4"),
+        ("member", "<u4"),  # see MEMBERS
     ]
 )
 
@@ -139,7 +150,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], moments: Mom
             sha256=sha256(temporary),
             index_sha256=sha256(index),
             samples=len(np.unique(rows["sample"])),
-            frames=int(rows["frames"].sum()),
+            frames=int(rows["frames"][rows["member"] == 0].sum()),
             statistics=moments.as_json() if moments else {},
         )
     write_json(folder / f"{name}.done.json", asdict(entry))
@@ -160,51 +171,89 @@ def finished_shard(folder: Path, name: str) -> ShardEntry | None:
 def index_tar(path: Path) -> np.ndarray:
     """Find every array and picture of a shard: rows of INDEX_DTYPE in the order of the tar.
 
-    Raises UserError for members that the format does not allow.
+    Raises ShardError for what the format does not allow.
     """
-    rows: list[tuple[int, int, int, int, int, int]] = []
-    labels: dict[str, int] = {}
-    keys: list[str] = []
-    with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            if not keys or keys[-1] != key:
-                keys.append(key)
-            if extension == "json":
-                raw.seek(member.offset_data)
-                label = json.loads(raw.read(member.size)).get("class")
-                labels[key] = -1 if label is None else int(label)
-            elif extension == LATENTS_MEMBER:
-                raw.seek(member.offset_data)
-                payload = io.BytesIO(raw.read(member.size))  # the header's parser must not read beyond the member
-                shape = _read_latents_header(payload, f"{path}: {member.name}")
-                offset = payload.tell()
-                data = payload.read()
-                if len(data) != 2 * math.prod(shape):
-                    raise UserError(f"{path}: {member.name} has {len(data)} bytes of data for float16 {shape}")
-                rows.append((len(keys) - 1, member.offset_data + offset, len(data), shape[0], 0, zlib.crc32(data)))
-            elif FRAME_MEMBER.match(extension):
-                raw.seek(member.offset_data)
-                data = raw.read(member.size)
-                rows.append((len(keys) - 1, member.offset_data, len(data), 1, 0, zlib.crc32(data)))
-    table = np.array(rows, dtype=INDEX_DTYPE)
-    table["label"] = [labels.get(keys[sample], -1) for sample in table["sample"]]
-    return table
+    rows: list[tuple[int, int, int, int, int, int, int]] = []
+    for number, (members, info, stream) in enumerate(_grouped(path)):
+        label, before = info.get("class"), len(rows)
+        for member in members:
+            kind = MEMBERS.get(member.extension)
+            if kind is None and not FRAME_MEMBER.match(member.extension):
+                continue
+            stream.seek(member.offset)
+            data = stream.read(member.size)
+            start, frames = 0, 1
+            if kind is not None:
+                start, shape = _array(data, path, member)
+                frames = shape[0]
+                data = data[start:]
+            crc = zlib.crc32(data)
+            number_of_class = -1 if label is None else int(label)
+            rows.append((number, member.offset + start, len(data), frames, number_of_class, crc, kind or 0))
+        if all(row[-1] for row in rows[before:]):
+            raise ShardError(path, members[0].offset, f"{members[0].key} has neither latents nor pictures")
+    return np.array(rows, dtype=INDEX_DTYPE)
 
 
-def _read_latents_header(stream: io.BytesIO, name: str) -> tuple[int, ...]:
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Iterate a shard sample by sample, without the index (for tools; training uses `ShardSet`).
+
+    Raises ShardError where the tar is not what a shard may be.
+    """
+    for members, info, stream in _grouped(path):
+        sample = Sample(members[0].key, info, {})
+        for member in members:
+            if member.extension != "json":
+                stream.seek(member.offset)
+                sample.members[member.extension] = stream.read(member.size)
+        yield sample
+
+
+def _grouped(path: Path) -> Iterator[tuple[list[Member], dict[str, Any], BinaryIO]]:
+    """Per sample: its members, its description ({} without one) and the open tar."""
+    with path.open("rb") as stream:
+        seen: set[str] = set()
+        for key, group in itertools.groupby(read_members(stream, path), lambda member: member.key):
+            members = list(group)
+            if key in seen:
+                raise ShardError(path, members[0].offset, f"the members of {key} are not together")
+            if len({member.extension for member in members}) != len(members):
+                raise ShardError(path, members[0].offset, f"{key} has two members of one name")
+            seen.add(key)
+            yield members, _description(members, stream, path), stream
+
+
+def _description(members: list[Member], stream: BinaryIO, path: Path) -> dict[str, Any]:
+    found = [member for member in members if member.extension == "json"]
+    if not found:
+        return {}
+    member = found[0]
+    if member.size > MAX_JSON:
+        raise ShardError(path, member.offset, f"{member.name} has {member.size} bytes, more than {MAX_JSON}")
+    stream.seek(member.offset)
     try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }
-        shape, fortran, dtype = read_header[version](stream)
-    except Exception as error:  # numpy parses the header as Python source and lets its parser's errors through
-        raise UserError(f"{name} is not a plain .npy file ({error})") from error
-    if fortran or dtype != np.float16 or len(shape) != 3:
-        raise UserError(f"{name} must be float16 [frames, tokens, channels] in C order, found {dtype} {shape}")
-    return shape
+        info = json.loads(stream.read(member.size))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ShardError(path, member.offset, f"{member.name} is not JSON ({error})") from error
+    label = info.get("class") if isinstance(info, dict) else False
+    if not (label is None or (type(label) is int and 0 <= label < 2**31)):
+        raise ShardError(path, member.offset, f"{member.name} is not the description of a sample")
+    return info
+
+
+def _array(data: bytes, path: Path, member: Member) -> tuple[int, tuple[int, ...]]:
+    """Where the numbers of a .npy member start and their shape [frames, tokens, channels] or, of text, [tokens, D].
+
+    The header must be exactly what numpy writes for such an array: no parser runs on what a shard says.
+    """
+    header = NPY_HEADER.match(data)
+    shape = tuple(int(size) for size in header[1].split(b",") if size.strip()) if header else ()
+    if header is None or len(shape) != (2 if member.extension == TEXT_MEMBER else 3) or 0 in shape:
+        raise ShardError(path, member.offset, f"{member.name} must be a float16 .npy array, not empty, in C order")
+    if len(data) - header.end() != 2 * math.prod(shape):
+        size = len(data) - header.end()
+        raise ShardError(path, member.offset, f"{member.name} has {size} bytes of data for float16 {shape}")
+    return header.end(), shape
 
 
 def write_manifest(
@@ -240,23 +289,3 @@ def read_manifest(path: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format {version}, this version of ardiff reads format {FORMAT_VERSION}")
     return Manifest(file.parent, kind, shards, classes, value)
-
-
-def read_samples(tar: Path) -> Iterator[Sample]:
-    """Iterate a shard sample by sample, without the index (for tools; training uses `ShardSet`)."""
-    sample: Sample | None = None
-    with tarfile.open(tar, "r:") as stream:
-        for member in stream:
-            key, _, extension = member.name.partition(".")
-            source = stream.extractfile(member)
-            data = source.read() if source else b""
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                sample = Sample(key, {}, {})
-            if extension == "json":
-                sample.info = json.loads(data)
-            else:
-                sample.members[extension] = data
-    if sample is not None:
-        yield sample

@@ -145,7 +145,7 @@ def test_an_empty_manifest_is_refused(folder):
 
 
 def test_another_format_version_is_refused(folder):
-    edit_manifest(folder, format=2)
+    edit_manifest(folder, format=3)
     with pytest.raises(UserError, match=str(folder / "manifest.json")):
         open_shards(folder, "latents")
 

@@ -32,6 +32,7 @@ from ardiff.data.shards import (
     write_manifest,
     write_shard,
 )
+from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
 
 
@@ -286,12 +287,49 @@ def test_a_sample_without_description_has_no_label(tmp_path):
 def test_members_of_other_programs_are_passed_over(tmp_path):
     tar = tar_with(
         tmp_path / "x.tar",
-        [("7.json", b'{"class": 2}'), ("7.latents.npy", npy(GOOD)), ("7.text.npy", npy(GOOD)), ("7.txt", b"hi")],
+        [("7.json", b'{"class": 2}'), ("7.latents.npy", npy(GOOD)), ("7.embedding.npy", npy(GOOD)), ("7.txt", b"hi")],
     )
     rows = index_tar(tar)
     assert len(rows) == 1
     assert (rows[0]["sample"], rows[0]["frames"], rows[0]["label"]) == (0, 3, 2)
-    assert set(next(read_samples(tar)).members) == {"latents.npy", "text.npy", "txt"}
+    assert set(next(read_samples(tar)).members) == {"latents.npy", "embedding.npy", "txt"}
+
+
+def test_mirrored_latents_and_text_features_are_found(tmp_path):
+    text = np.arange(10, dtype=np.float16).reshape(5, 2)
+    members = {"latents.npy": npy(GOOD), "flipped.npy": npy(2 * GOOD), "text.npy": npy(text)}
+    entry = write_shard(tmp_path, "x", [Sample("0", {}, members)])
+    assert (entry.samples, entry.frames) == (1, 3)
+    content = (tmp_path / "x.tar").read_bytes()
+    rows = {row["member"]: row for row in index_tar(tmp_path / "x.tar")}
+    for member, array in ((0, GOOD), (1, 2 * GOOD), (2, text)):
+        row = rows[member]
+        assert row["frames"] == len(array)
+        assert content[row["offset"] : row["offset"] + row["bytes"]] == array.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("0.json", b"{}")], "neither latents nor pictures"),
+        ([("0.json", b"{}"), ("0.text.npy", npy(GOOD[0]))], "neither latents nor pictures"),
+        ([("0.json", b"{"), ("0.latents.npy", npy(GOOD))], "not JSON"),
+        ([("0.json", b"[" * 100_000), ("0.latents.npy", npy(GOOD))], "not JSON"),
+        ([("0.json", b"[]"), ("0.latents.npy", npy(GOOD))], "not the description"),
+        ([("0.json", b'{"class": "x"}'), ("0.latents.npy", npy(GOOD))], "not the description"),
+        ([("0.latents.npy", npy(GOOD)), ("0.latents.npy", npy(GOOD))], "two members of one name"),
+        ([("0.latents.npy", npy(GOOD)), ("1.latents.npy", npy(GOOD)), ("0.json", b"{}")], "not together"),
+        ([("../0.latents.npy", npy(GOOD))], "is not KEY.EXTENSION"),
+        ([("/etc/0.latents.npy", npy(GOOD))], "is not KEY.EXTENSION"),
+        ([("0.latents.npy", npy(GOOD)), ("1" * 200 + ".json", b"{}")], "is not KEY.EXTENSION"),
+    ],
+)
+def test_what_a_shard_may_not_hold_is_named_with_its_place(tmp_path, members, reason):
+    tar = tar_with(tmp_path / "x.tar", members)
+    with pytest.raises(ShardError, match=reason) as caught:
+        index_tar(tar)
+    assert caught.value.path == str(tar)
+    assert 0 <= caught.value.offset < tar.stat().st_size
 
 
 def test_the_manifest_survives_a_round_trip(tmp_path):
@@ -316,9 +354,9 @@ def test_a_missing_manifest_is_named(tmp_path):
         "[]",
         "null",
         "{}",
-        '{"format": 1}',
-        '{"format": 1, "kind": "latents", "classes": [], "shards": [{"file": "x.tar"}]}',
-        '{"format": 1, "kind": "latents", "classes": [], "shards": 3}',
+        '{"format": 2}',
+        '{"format": 2, "kind": "latents", "classes": [], "shards": [{"file": "x.tar"}]}',
+        '{"format": 2, "kind": "latents", "classes": [], "shards": 3}',
     ],
 )
 def test_a_malformed_manifest_is_named(tmp_path, text):
@@ -328,7 +366,7 @@ def test_a_malformed_manifest_is_named(tmp_path, text):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_is_refused(tmp_path, version):
     write_manifest(tmp_path, "latents", [], [], {})
     path = tmp_path / "manifest.json"
