@@ -77,15 +77,32 @@ class DiffusionConfig:
 
 
 @dataclass
+class Source:
+    """One of several data sets that are mixed."""
+
+    shards: str = ""
+    weight: float = 1.0  # its share of the samples is weight / sum of all weights
+
+
+@dataclass
 class DataConfig:
     """Where the shards lie and how clips are cut from them."""
 
-    shards: str | None = None  # a folder with manifest.json, or tar files as a brace or glob pattern
-    order: str = one_of("global")
+    shards: str | None = None  # a folder with manifest.json, its URL, or tar files as a brace or glob pattern
+    mixture: list[Source] = field(default_factory=list)  # several data sets instead of `shards`
+    order: str = one_of("global", "lanes")  # lanes: each node reads its share of remote shards only
+    lanes: int = 256  # of order `lanes`: parts of the data; ranks and batches divide and are divided by it
+    lane_window: int = 4096  # clips that are shuffled together within a lane
     stride: int = 1  # take every stride-th frame of a video
+    flip_probability: float = 0.0  # share of clips that are mirrored
     normalize: str = one_of("unit", "standardize", "none")  # unit: each token to length 1, as the reference
     arvae: str | None = None  # decodes samples; None: the one named in the manifest
     prefetch: int = 4  # global batches prepared ahead
+    decode_threads: int = 2  # per rank, for pictures
+    verify: bool = False  # compare the checksum of a video whenever a clip of it is read
+    max_bad_fraction: float = 1e-4  # more bad samples than this share end the run
+    cache_dir: str | None = None  # where remote shards are kept; a fast local disk
+    cache_gb: float = 100.0  # size limit of that folder, for all ranks of a node together
 
 
 @dataclass
@@ -300,7 +317,7 @@ POSITIVE = {
     "model": ("num_frames", "tokens_per_frame", "in_channels", "hidden_size", "depth", "num_heads", "block"),
     "vae": ("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
     "train": ("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
-    "data": ("stride", "prefetch"),
+    "data": ("stride", "prefetch", "lanes", "lane_window", "decode_threads"),
     "sampling": ("num_videos", "num_steps"),
     "diffusion": ("num_timesteps",),
 }
@@ -315,6 +332,9 @@ BOUNDS = (
     ("vae.decoder_depth", 0, 1e4),
     ("vae.kl_weight", 0, 1e6),
     ("vae.l1_weight", 0, 1),
+    ("data.flip_probability", 0, 1),
+    ("data.max_bad_fraction", 0, 1),
+    ("data.cache_gb", 0.001, 1e6),
     ("train.seed", -(2**63), 2**63 - 1),
     ("train.warmup_steps", 0, 1e12),
     ("train.weight_decay", 0, 1e6),
@@ -347,6 +367,7 @@ def _impossible(config: Config) -> Iterator[str]:
         if not low <= value <= high:  # NaN included
             yield f"{key} = {value} must lie between {low:g} and {high:g}"
     yield from _impossible_sampling(config)
+    yield from _impossible_data(config)
     if not too_small:  # the arithmetic below divides by them
         yield from _impossible_networks(config)
         yield from _impossible_training(config)
@@ -379,6 +400,17 @@ def _impossible_training(config: Config) -> Iterator[str]:
         yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"
+
+
+def _impossible_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.shards and data.mixture:
+        yield "data.shards and data.mixture: give one of them"
+    for source in data.mixture:
+        if not source.shards or not 0 <= source.weight < 1e9:
+            yield f"data.mixture: {{shards: {source.shards!r}, weight: {source.weight}}} needs shards and a weight >= 0"
+    if data.mixture and not sum(source.weight for source in data.mixture) > 0:
+        yield "data.mixture: at least one weight must be above 0"
 
 
 def _impossible_sampling(config: Config) -> Iterator[str]:

@@ -24,6 +24,9 @@ class Stream(IntEnum):
     LABEL_DROP = 5
     SAMPLES = 6
     POSTERIOR = 7
+    SUBSTITUTE = 8
+    SHARDS = 9
+    FLIP = 10
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -87,6 +87,7 @@ def main() -> int:
 
     network, config, space = load_dit(options.run, options.weights)
     request = request_of(options, config)
+    request.text_tokens = space.text_tokens
     if request.num_videos * request.num_frames < 2:
         raise UserError("--num_videos 1 --num_frames 1: a distance needs at least 2 frames")
     held_out = all_features(open_latents(options.data, config, space), space)
@@ -110,7 +111,9 @@ def main() -> int:
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():
         print(f"  {name:20s}{distance:10.4f}   ({len(sets[name])} frames)")
-    settings = {key: value for key, value in vars(replace(request, prefix=None)).items() if key != "prefix"}
+    settings = {
+        key: value for key, value in vars(replace(request, prefix=None)).items() if key not in ("prefix", "text")
+    }
     write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
     return cli.EXIT_OK
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from ardiff import cli
 from ardiff.config import Config
+from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json
 from ardiff.sampling import ad_levels
@@ -58,8 +59,8 @@ def request_of(options: argparse.Namespace, config: Config) -> Request:
     gap = options.gap if options.gap is not None else min(sampling.gap, num_steps)
     guidance = options.guidance if options.guidance is not None else sampling.guidance
     labels = [i % model.num_classes for i in range(options.num_videos)] if model.num_classes else None
-    if guidance != 1.0 and labels is None:
-        raise UserError(f"--guidance {guidance}: this model has no classes to guide towards; leave it at 1")
+    if guidance != 1.0 and labels is None and not model.context_dim:
+        raise UserError(f"--guidance {guidance}: this model has no classes or texts to guide towards; leave it at 1")
     ad_levels(options.num_frames or model.num_frames, num_steps, gap, model.block)  # refuses what is impossible
     return Request(
         num_videos=options.num_videos,
@@ -101,6 +102,7 @@ def main() -> int:
     )
     add_sampling_arguments(parser)
     parser.add_argument("--label", help="class (name or number) of all videos (default: all classes in turn)")
+    parser.add_argument("--text", type=Path, metavar="NPY", help="text features [N, D] of all videos")
     parser.add_argument("--prefix", type=Path, metavar="VIDEO", help="a clip that every video continues")
     parser.add_argument("--prefix_frames", type=int, help="frames taken of it (default: half a training clip)")
     parser.add_argument("--arvae", type=Path, help="decodes the samples (default: the one that made the latents)")
@@ -112,6 +114,9 @@ def main() -> int:
     request = request_of(options, config)
     if options.label is not None:
         request.labels = [_class_number(options.label, space.classes, config)] * request.num_videos
+    request.text_tokens = space.text_tokens
+    if options.text is not None:
+        request.text = _text_features(options.text, config, space)
     decoder = Decoder(space, options.arvae or config.data.arvae)
     if options.prefix is not None:
         frames = options.prefix_frames or max(1, config.model.num_frames // 2)
@@ -130,11 +135,29 @@ def main() -> int:
     contact_sheet(options.out / "contact_sheet.png", rows)
     with replacing(options.out / "latents.npy") as temporary, temporary.open("wb") as stream:
         np.save(stream, latents.numpy().astype(np.float16), allow_pickle=False)
-    settings = {key: value for key, value in vars(request).items() if key != "prefix"}
-    settings |= {"run": str(options.run), "prefix": str(options.prefix) if options.prefix else None, "fps": fps}
+    settings = {key: value for key, value in vars(request).items() if key not in ("prefix", "text")}
+    settings |= {
+        "text": str(options.text) if options.text else None,
+        "run": str(options.run),
+        "prefix": str(options.prefix) if options.prefix else None,
+        "fps": fps,
+    }
     write_json(options.out / "samples.json", settings)
     print(f"{request.num_videos} videos of {request.num_frames} frames and contact_sheet.png in {options.out}")
     return cli.EXIT_OK
+
+
+def _text_features(path: Path, config: Config, space: LatentSpace) -> Tensor:
+    width = config.model.context_dim
+    if not width:
+        raise UserError(f"--text {path}: the model was trained without text (model.context_dim = 0)")
+    try:
+        features = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--text {path}: not a .npy file of text features ({error})") from error
+    if features.ndim != 2 or features.shape[1] != width or not 0 < len(features) <= space.text_tokens:
+        raise UserError(f"--text {path}: {features.shape} must be [N, {width}] with N from 1 to {space.text_tokens}")
+    return torch.from_numpy(features.astype(np.float32))
 
 
 def _class_number(label: str, classes: list[str], config: Config) -> int:

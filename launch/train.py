@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from ardiff import cli
 from ardiff.config import Config
-from ardiff.data.dataset import open_shards
+from ardiff.data.clips import LatentClips
 from ardiff.data.latent_space import LatentSpace
-from ardiff.data.stream import LatentClips
+from ardiff.data.mixture import open_data
 from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import DiT
@@ -35,36 +35,33 @@ NAME = "DiT"
 def build_job(config: Config) -> Job:
     """The DiT, its objective and its data. Raises UserError where they do not fit together."""
     model = config.model
-    if not config.data.shards:
+    if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of latent shards made by data_tools.extract_latents")
-    if model.context_dim:
-        raise UserError(f"model.context_dim = {model.context_dim}: latent shards hold no text features; set it to 0")
-    shards = open_shards(config.data.shards, "latents")
-    details = shards.manifest.details
+    data = open_data(config, "latents", model.num_frames)
+    details = data.manifest.details
     found, needed = (details["tokens"], details["channels"]), (model.tokens_per_frame, model.in_channels)
     if found != needed:
         raise UserError(
-            f"{config.data.shards}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
+            f"{data.source}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
             f"model.in_channels = {needed[0]} x {needed[1]}"
         )
-    classes = len(shards.manifest.classes)
+    classes = len(data.classes)
     if model.num_classes and model.num_classes != classes:
         raise UserError(f"model.num_classes = {model.num_classes}, but the data have {classes} classes")
     span = (model.num_frames - 1) * config.data.stride + 1
-    if model.mask != "frame_causal" and (shards.frames < span).any():
+    if model.mask != "frame_causal" and (data.frames < span).any():
         raise UserError(
-            f"{(shards.frames < span).sum()} videos are shorter than a clip ({span} frames): under model.mask = "
+            f"{(data.frames < span).sum()} videos are shorter than a clip ({span} frames): under model.mask = "
             f"{model.mask} frames would read their padding; leave them out or use frame_causal"
         )
-    space = LatentSpace.of(shards.manifest, config.data.normalize)
+    space = LatentSpace.of(data.manifest, config.data.normalize)
     preview, note = _preview(config, space)
     return Job(
         name=NAME,
         config=config,
         build_objective=lambda: DiffusionObjective(DiT(model), config),
-        shards=shards,
-        num_frames=model.num_frames,
-        collate=LatentClips(shards, space, config),
+        data=data,
+        collate=LatentClips(data, space, config),
         flops_per_clip=dit_flops(model),
         tokens_per_clip=model.num_frames * model.tokens_per_frame,
         latent_space=space,
@@ -96,6 +93,7 @@ def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:
             labels=[i % classes for i in range(count)] if classes else None,
             seed=config.train.seed,
             cache=cache_mode(config.model),
+            text_tokens=space.text_tokens,
         )
         videos = decoder.decode(generate(network, config, request))
         return {f"samples/{i:02d}": video for i, video in enumerate(videos)}

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from ardiff import cli
 from ardiff.config import Config
-from ardiff.data.dataset import open_shards
-from ardiff.data.stream import FrameClips
+from ardiff.data.clips import FrameClips
+from ardiff.data.mixture import open_data
 from ardiff.errors import UserError
 from ardiff.models.arvae import ReconstructionObjective
 from ardiff.monitor.throughput import arvae_flops
@@ -33,21 +33,21 @@ PREVIEW_FRAMES = 16
 
 def build_job(config: Config) -> Job:
     """The AR-VAE, its objective and its data. Raises UserError where they do not fit together."""
-    if not config.data.shards:
+    if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of frame shards made by data_tools.shard_videos")
-    shards = open_shards(config.data.shards, "frames")
-    size = shards.manifest.details["size"]
+    data = open_data(config, "frames", FRAMES_PER_CLIP)
+    size = data.manifest.details["size"]
     if size != config.vae.image_size:
         raise UserError(
-            f"{config.data.shards}: frames of {size} x {size}, but vae.image_size = {config.vae.image_size}; "
+            f"{data.source}: frames of {size} x {size}, but vae.image_size = {config.vae.image_size}; "
             f"shard the videos again with --size {config.vae.image_size}"
         )
 
     def preview(network: nn.Module) -> dict[str, np.ndarray]:
         """Originals on the left, reconstructions on the right."""
         videos = {}
-        for index in range(min(config.sampling.num_videos, len(shards))):
-            frames = shards.read_frames(index, 0, min(PREVIEW_FRAMES, int(shards.frames[index])))
+        for index in range(min(config.sampling.num_videos, len(data))):
+            frames = data.read_frames(index, 0, min(PREVIEW_FRAMES, int(data.frames[index])))
             video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float().div(255)
             video = video.to(next(network.parameters()).device)
             rebuilt = network.decode(network.encode(video)).float().clamp(0, 1)  # type: ignore[operator]
@@ -59,9 +59,8 @@ def build_job(config: Config) -> Job:
         name=NAME,
         config=config,
         build_objective=lambda: ReconstructionObjective(config.vae),
-        shards=shards,
-        num_frames=FRAMES_PER_CLIP,
-        collate=FrameClips(shards, config, FRAMES_PER_CLIP),
+        data=data,
+        collate=FrameClips(data, config, FRAMES_PER_CLIP),
         flops_per_clip=FRAMES_PER_CLIP * arvae_flops(config.vae),
         tokens_per_clip=FRAMES_PER_CLIP * config.vae.num_tokens,
         preview=preview if config.train.sample_every else None,

@@ -1,10 +1,18 @@
-"""Random access to the shards of one data set: open once, read any frames of any video through the index."""
+"""Random access to the shards of one data set: open once, read any frames of any video through the index.
+
+Files are read with `pread`, not mapped: a shard that shrinks or sits on a failing disk gives an error for the clip at
+hand instead of SIGBUS for the process, and for clips of a few kilobytes it is no slower.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
+import threading
+import time
+import weakref
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -13,46 +21,183 @@ import braceexpand
 import numpy as np
 from PIL import Image
 
-from ardiff.data.shards import INDEX_DTYPE, Manifest, ShardEntry, read_manifest
+from ardiff.data.remote import ShardCache, is_remote
+from ardiff.data.shards import MANIFEST, MEMBERS, Manifest, ShardEntry, parse_index, read_manifest
+from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
-from ardiff.files import sha256
 
 # What the manifest of each kind must say.
 DETAILS = {"latents": ("tokens", "channels", "mean", "std", "arvae"), "frames": ("size",)}
-OPEN_SHARDS = 128  # each memory map holds a file descriptor
+OPEN_FILES = 256
+TABLES = 512  # index tables of picture shards kept in memory
+ATTEMPTS = 3  # network file systems have hiccups
+FLIPPED, TEXT = 1, 2  # rows of the index; see MEMBERS
 
 
 class ShardSet:
     """The videos of a folder of shards (or of some of its shards).
 
-    frames [V] and labels [V] describe the videos; `read_latents` and `read_frames` fetch single frames. `identity`
-    changes when any shard's content does.
+    frames [V] and labels [V] describe the videos, shard_of_video [V] says where they lie. `identity` changes when any
+    shard's content does. With `verify` the checksum of a video's latents is compared whenever a clip of it is read
+    (that of a picture always is). Shards of a remote data set come through `cache`.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
+    def __init__(
+        self, manifest: Manifest, cache: ShardCache | None = None, source: str | None = None, verify: bool = False
+    ) -> None:
+        self.manifest, self.verify = manifest, verify
+        self.source = source or str(manifest.folder)  # for messages: the folder or URL that the user gave
+        self._cache = cache
         if not manifest.shards or not manifest.num_frames:
-            raise UserError(f"{manifest.folder}: the manifest lists no samples")
-        tables = [self._check(shard) for shard in manifest.shards]
-        rows_before = np.cumsum([0, *(len(table) for table in tables)])
-        samples_before = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-        self._rows = np.concatenate(tables)
-        self._row_shard = np.repeat(np.arange(len(tables)), np.diff(rows_before))
-        video_of_row = self._rows["sample"] + samples_before[self._row_shard]
-        self._first_row = np.searchsorted(video_of_row, np.arange(samples_before[-1]))
-        self.frames = np.bincount(video_of_row, weights=self._rows["frames"], minlength=samples_before[-1]).astype(
-            np.int64
-        )
-        self.labels = self._rows["label"][self._first_row]
+            raise UserError(f"{self.source}: the manifest lists no samples")
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._files)
+        self._tables: OrderedDict[int, np.ndarray] = OrderedDict()
+        samples = [shard.samples for shard in manifest.shards]
+        self.shard_of_video = np.repeat(np.arange(len(samples), dtype=np.int32), samples)
+        self._first_video = np.cumsum([0, *samples])
+        total = int(self._first_video[-1])
+        self.frames = np.zeros(total, dtype=np.int64)
+        self.labels = np.empty(total, dtype=np.int32)
+        self._first_row = np.empty(total, dtype=np.int64)  # in the table of its shard
+        members = len(MEMBERS) if manifest.kind == "latents" else 0
+        self._offset = np.full((members, total), -1, dtype=np.int64)
+        self._crc = np.zeros((members, total), dtype=np.uint32)
+        self._text_tokens = np.zeros(total, dtype=np.int32)
+        for number, shard in enumerate(manifest.shards):
+            self._check_tar(shard)
+            self._take_in(self._read_table(number), slice(self._first_video[number], self._first_video[number + 1]))
         digest = [[shard.file, shard.sha256] for shard in manifest.shards]
         self.identity = hashlib.sha256(json.dumps([manifest.kind, digest]).encode()).hexdigest()
-        self._maps: OrderedDict[int, np.memmap] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def _check(self, shard: ShardEntry) -> np.ndarray:
-        """The index of one shard, once shard and index are seen to be whole."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards have to be fetched."""
+        return self._cache is not None
+
+    @property
+    def has_flipped(self) -> bool:
+        """Whether every video can be read mirrored."""
+        return self.manifest.kind == "frames" or bool((self._offset[FLIPPED] >= 0).all())
+
+    @property
+    def has_text(self) -> bool:
+        """Whether every video has text features."""
+        return self.manifest.kind == "latents" and bool((self._offset[TEXT] >= 0).all())
+
+    def read_latents(self, video: int, first: int, count: int, stride: int = 1, flipped: bool = False) -> np.ndarray:
+        """Frames first, first + stride, ... of a video: float16 [count, L, C]. Raises ShardError."""
+        details = self.manifest.details
+        out = np.empty((count, details["tokens"], details["channels"]), dtype=np.float16)
+        self.read_latents_into(out, video, first, stride, flipped)
+        return out
+
+    def read_latents_into(
+        self, out: np.ndarray, video: int, first: int, stride: int = 1, flipped: bool = False
+    ) -> None:
+        """As `read_latents`, into a C-contiguous float16 array [count, L, C]."""
+        assert out.flags.c_contiguous and first >= 0 and first + (len(out) - 1) * stride < self.frames[video]
+        frame_bytes = out[0].nbytes
+        member = FLIPPED if flipped else 0
+        offset, shard = int(self._offset[member, video]), int(self.shard_of_video[video])
+        if not self.verify and stride == 1:
+            self._read(shard, offset + first * frame_bytes, out.data)
+            return
+        # with `verify` the whole video, otherwise the stretch from which every stride-th frame is taken
+        start, length = (0, int(self.frames[video])) if self.verify else (first, (len(out) - 1) * stride + 1)
+        stretch = np.empty((length, *out.shape[1:]), dtype=np.float16)
+        self._read(shard, offset + start * frame_bytes, stretch.data)
+        if self.verify and zlib.crc32(stretch.data) != self._crc[member, video]:
+            raise ShardError(self._name(shard), offset, "the checksum of these latents is wrong; copy the shard again")
+        out[:] = stretch[first - start :: stride][: len(out)]
+
+    def read_text(self, video: int) -> np.ndarray:
+        """Text features of a video: float16 [N, D]. Raises ShardError."""
+        offset, shard = int(self._offset[TEXT, video]), int(self.shard_of_video[video])
+        features = np.empty((int(self._text_tokens[video]), self.manifest.details["text_dim"]), dtype=np.float16)
+        self._read(shard, offset, features.data)
+        if self.verify and zlib.crc32(features.data) != self._crc[TEXT, video]:
+            raise ShardError(self._name(shard), offset, "the checksum of this text is wrong; copy the shard again")
+        return features
+
+    def read_frames(self, video: int, first: int, count: int, stride: int = 1, flipped: bool = False) -> np.ndarray:
+        """Pictures first, first + stride, ... of a video: uint8 [count, H, W, 3]. Raises ShardError."""
+        shard = int(self.shard_of_video[video])
+        rows = self._table(shard)[int(self._first_row[video]) + first :][: count * stride : stride]
+        assert len(rows) == count <= self.frames[video]
+        pictures = np.stack([self._picture(shard, row) for row in rows])
+        return np.ascontiguousarray(pictures[:, :, ::-1]) if flipped else pictures
+
+    def prepare(self, video: int) -> None:
+        """Bring the shard of a video into the cache, where there is one."""
+        if self._cache is not None:
+            self._cache.path(self.manifest.shards[int(self.shard_of_video[video])], self.source)
+
+    def place_of(self, video: int) -> tuple[str, int]:
+        """Shard file and offset of a video's first data, for messages."""
+        shard = int(self.shard_of_video[video])
+        if self.manifest.kind == "latents":
+            return self._name(shard), int(self._offset[0, video])
+        return self._name(shard), int(self._table(shard)[int(self._first_row[video])]["offset"])
+
+    def _picture(self, shard: int, row: np.void) -> np.ndarray:
+        data, offset = bytearray(int(row["bytes"])), int(row["offset"])
+        self._read(shard, offset, memoryview(data))
+        if zlib.crc32(data) != row["crc32"]:
+            raise ShardError(self._name(shard), offset, "the checksum of this picture is wrong; copy the shard again")
+        size = self.manifest.details["size"]
+        try:
+            picture = Image.open(io.BytesIO(data))
+            if picture.size != (size, size):  # before it is decoded: it may claim to be of any size
+                raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels instead of {size} x {size}")
+            return np.asarray(picture.convert("RGB"))
+        except Exception as error:  # Pillow's decoders raise whatever they like
+            raise ShardError(self._name(shard), offset, f"not a picture of this data set ({error})") from error
+
+    def _read(self, shard: int, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from a shard."""
+        size = buffer.nbytes
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._read_once(shard, offset, buffer) == size:
+                    return
+                raise ShardError(self._name(shard), offset, f"ends before these {size} bytes; copy it again")
+            except OSError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise ShardError(self._name(shard), offset, f"cannot be read ({error.strerror})") from error
+                time.sleep(0.1 * 4**attempt)
+
+    def _read_once(self, shard: int, offset: int, buffer: memoryview) -> int:
+        if self._cache is not None:  # opened for every read: what is open cannot be evicted
+            file = os.open(self._cache.path(self.manifest.shards[shard], self.source), os.O_RDONLY)
+            try:
+                return os.preadv(file, [buffer], offset)
+            finally:
+                os.close(file)
+        with self._lock:  # previews read beside the prefetch thread
+            handle = self._files.get(shard)
+            if handle is None:
+                handle = self._files[shard] = os.open(self.manifest.folder / self._file(shard), os.O_RDONLY)
+                if len(self._files) > OPEN_FILES:
+                    os.close(self._files.popitem(last=False)[1])
+            else:
+                self._files.move_to_end(shard)
+            return os.preadv(handle, [buffer], offset)
+
+    def _file(self, shard: int) -> str:
+        return self.manifest.shards[shard].file
+
+    def _name(self, shard: int) -> str:
+        return f"{self.source.rstrip('/')}/{self._file(shard)}"
+
+    def _check_tar(self, shard: ShardEntry) -> None:
+        """See that the tar is there in its full length (a remote one is checked whole when it is fetched)."""
+        if self._cache is not None:
+            return
         path = self.manifest.folder / shard.file
         if not path.is_file():
             raise UserError(f"{path}: missing, although {self.manifest.folder / 'manifest.json'} lists it")
@@ -62,84 +207,127 @@ class ShardSet:
                 f"{path}: damaged or truncated, {size} bytes where the manifest says {shard.bytes}; "
                 "copy it again or make it anew with the tool that wrote it"
             )
-        index = path.with_suffix(".index.npy")
+
+    def _read_table(self, number: int) -> np.ndarray:
+        """The index of one shard, compared with the manifest and with what the shard can hold."""
+        shard = self.manifest.shards[number]
+        path = (self.manifest.folder / shard.file).with_suffix(".index.npy")
         try:
-            rows = np.load(index, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{index}: not readable ({error}); make the shard anew") from error
-        if rows.dtype != INDEX_DTYPE or rows.ndim != 1 or sha256(index) != shard.index_sha256:
-            raise UserError(f"{index}: not the index that the manifest lists; copy it again")
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from error
+        if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+            raise UserError(f"{path}: not the index that the manifest lists; copy it again")
+        try:
+            rows = parse_index(content)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; make the shard anew") from error
+        if not self._plausible(rows, shard):
+            raise UserError(f"{path}: does not describe {shard.file}; make the shard anew")
         return rows
 
-    def _map(self, shard: int) -> np.memmap:
-        if shard not in self._maps:
-            path = self.manifest.folder / self.manifest.shards[shard].file
-            self._maps[shard] = np.memmap(path, dtype=np.uint8, mode="r")
-            if len(self._maps) > OPEN_SHARDS:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(shard)
-        return self._maps[shard]
+    def _plausible(self, rows: np.ndarray, shard: ShardEntry) -> bool:
+        main = rows[rows["member"] == 0]
+        known = (rows["member"] < len(MEMBERS)) & (rows["frames"] > 0) & (rows["bytes"] > 0)
+        known &= (rows["sample"] >= 0) & (rows["sample"] < shard.samples)
+        inside = (rows["offset"] > 0) & (rows["bytes"] <= shard.bytes) & (rows["offset"] <= shard.bytes - rows["bytes"])
+        if not (known.all() and inside.all() and (np.diff(main["sample"]) >= 0).all()):
+            return False
+        if not np.array_equal(np.unique(main["sample"]), np.arange(shard.samples)):
+            return False
+        if self.manifest.kind == "frames":
+            return True
+        details = self.manifest.details
+        arrays = rows[rows["member"] < TEXT]
+        width = np.int64(2 * details["tokens"] * details["channels"])
+        text = rows[rows["member"] == TEXT]
+        if len(text) and not (text["bytes"] == text["frames"] * np.int64(2 * details["text_dim"])).all():
+            return False
+        return len(main) == shard.samples and bool((arrays["bytes"] == arrays["frames"] * width).all())
 
-    def _bytes(self, row: int) -> np.ndarray:
-        record = self._rows[row]
-        return self._map(int(self._row_shard[row]))[record["offset"] : record["offset"] + record["bytes"]]
+    def _take_in(self, rows: np.ndarray, videos: slice) -> None:
+        """Fill the columns of one shard's videos."""
+        main = np.flatnonzero(rows["member"] == 0)
+        samples, first = np.unique(rows["sample"][main], return_index=True)
+        self._first_row[videos] = main[first]
+        self.labels[videos] = rows["label"][main[first]]
+        self.frames[videos] = np.bincount(rows["sample"][main], rows["frames"][main], len(samples)).astype(np.int64)
+        for member in range(len(self._offset)):
+            chosen = rows[rows["member"] == member]
+            self._offset[member, videos][chosen["sample"]] = chosen["offset"]
+            self._crc[member, videos][chosen["sample"]] = chosen["crc32"]
+            if member == TEXT:
+                self._text_tokens[videos][chosen["sample"]] = chosen["frames"]
 
-    def read_latents(self, video: int, first: int, count: int, stride: int = 1) -> np.ndarray:
-        """Frames first, first + stride, ... of a video: float16 [count, L, C] (a view of the file where it can be)."""
-        row = int(self._first_row[video])
-        tokens, channels = self.manifest.details["tokens"], self.manifest.details["channels"]
-        latents = self._bytes(row).view(np.float16).reshape(int(self._rows[row]["frames"]), tokens, channels)
-        return latents[first : first + (count - 1) * stride + 1 : stride]
-
-    def read_frames(self, video: int, first: int, count: int, stride: int = 1) -> np.ndarray:
-        """Frames of a video of pictures: uint8 [count, H, W, 3]."""
-        start = int(self._first_row[video]) + first
-        rows = range(start, start + (count - 1) * stride + 1, stride)
-        return np.stack([self._picture(row) for row in rows])
-
-    def _picture(self, row: int) -> np.ndarray:
-        data = self._bytes(row).tobytes()
-        if zlib.crc32(data) != int(self._rows[row]["crc32"]):
-            shard = self.manifest.shards[int(self._row_shard[row])]
-            raise UserError(
-                f"{self.manifest.folder / shard.file}: damaged at byte {self._rows[row]['offset']}; copy it again"
-            )
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    def _table(self, shard: int) -> np.ndarray:
+        with self._lock:
+            if shard not in self._tables:
+                self._tables[shard] = self._read_table(shard)
+                if len(self._tables) > TABLES:
+                    self._tables.popitem(last=False)
+            self._tables.move_to_end(shard)
+            return self._tables[shard]
 
 
-def open_shards(source: str | Path, kind: str) -> ShardSet:
-    """Open `source`: a folder with manifest.json, the manifest, or its tars as a brace or glob pattern.
+def _close_all(files: OrderedDict[int, int]) -> None:
+    for handle in files.values():
+        os.close(handle)
+
+
+def open_shards(source: str | Path, kind: str, cache: ShardCache | None = None, verify: bool = False) -> ShardSet:
+    """Open `source`: a folder with manifest.json, the manifest, or its tars as a brace or glob pattern; or the URL of
+    one of these (no glob), whose shards come through `cache`.
 
     Raises UserError when anything is missing, damaged or of another kind.
     """
     text = str(source)
-    path = Path(text)
-    if path.is_dir() or path.suffix == ".json":
-        manifest = read_manifest(path)
-    elif path.suffix != ".tar":
-        raise UserError(f"{text}: no such folder, manifest or tar files")
-    else:
-        try:
-            names = [Path(name) for name in braceexpand.braceexpand(text)]
-        except ValueError as error:
-            raise UserError(f"--data.shards {text}: its braces do not match") from error
-        if any(character in text for character in "*?["):
-            names = sorted(match for name in names for match in name.parent.glob(name.name))
-        if not names:
-            raise UserError(f"--data.shards {text}: no file matches")
-        manifest = _subset(read_manifest(names[0].parent), names)
+    remote = is_remote(text)
+    if remote and cache is None:
+        raise UserError(f"{text}: give data.cache_dir, a folder on a fast local disk, for remote shards")
+    manifest = _find_remote(text, cache) if remote and cache else _find_local(text)
     if manifest.kind != kind:
         maker = {"latents": "data_tools.extract_latents", "frames": "data_tools.shard_videos"}[kind]
-        raise UserError(f"{manifest.folder}: holds {manifest.kind}, but {kind} are needed (made by {maker})")
+        raise UserError(f"{text}: holds {manifest.kind}, but {kind} are needed (made by {maker})")
     missing = [name for name in DETAILS[kind] if name not in manifest.details]
     if missing:
-        raise UserError(f"{manifest.folder / 'manifest.json'}: says nothing of {', '.join(missing)}; make it anew")
+        raise UserError(f"{manifest.folder / MANIFEST}: says nothing of {', '.join(missing)}; make it anew")
     try:
-        return ShardSet(manifest)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return ShardSet(manifest, cache if remote else None, _folder_of(text) if remote else None, verify)
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{manifest.folder / 'manifest.json'}: does not fit its shards ({error!r})") from error
+        raise UserError(f"{manifest.folder / MANIFEST}: does not fit its shards ({error!r})") from error
+
+
+def _find_local(text: str) -> Manifest:
+    path = Path(text)
+    if path.is_dir() or path.suffix == ".json":
+        return read_manifest(path)
+    if path.suffix != ".tar":
+        raise UserError(f"{text}: no such folder, manifest or tar files")
+    names = [Path(name) for name in _expand(text)]
+    if any(character in text for character in "*?["):
+        names = sorted(match for name in names for match in name.parent.glob(name.name))
+    if not names:
+        raise UserError(f"--data.shards {text}: no file matches")
+    return _subset(read_manifest(names[0].parent), names)
+
+
+def _find_remote(url: str, cache: ShardCache) -> Manifest:
+    manifest = cache.manifest(_folder_of(url))
+    return _subset(manifest, [Path(name) for name in _expand(url)]) if url.endswith(".tar") else manifest
+
+
+def _folder_of(url: str) -> str:
+    """The URL without the name of the manifest or the pattern of tars at its end."""
+    return url.rpartition("/")[0] if url.endswith((".json", ".tar")) else url.rstrip("/")
+
+
+def _expand(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"--data.shards {pattern}: its braces do not match") from error
 
 
 def _subset(manifest: Manifest, names: list[Path]) -> Manifest:

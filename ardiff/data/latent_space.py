@@ -29,6 +29,7 @@ class LatentSpace:
     fps: float | None  # of the latents: the source's, divided by the stride
     stride: int  # every how-manieth frame of the source was encoded
     classes: list[str]
+    text_tokens: int = 0  # of the longest text; shorter ones are padded with zeros
 
     @classmethod
     def of(cls, manifest: Manifest, normalize: str) -> LatentSpace:
@@ -49,6 +50,7 @@ class LatentSpace:
             details.get("fps"),
             details.get("stride", 1),
             classes,
+            details.get("text_tokens", 0),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -195,6 +195,21 @@ def index_tar(path: Path) -> np.ndarray:
     return np.array(rows, dtype=INDEX_DTYPE)
 
 
+def parse_index(content: bytes) -> np.ndarray:
+    """The rows of a NAME.index.npy. Raises ValueError unless it is exactly what `write_shard` writes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(np.empty(0, INDEX_DTYPE)))
+    start, end = header.getvalue()[10:].rstrip(b" \n").removesuffix(b"}").rstrip().split(b"(0,)")
+    pattern = rb"\x93NUMPY\x01\x00.." + re.escape(start) + rb"\((\d{1,18}),\)" + re.escape(end) + rb" *\} *\n"
+    found = re.match(pattern, content, re.DOTALL)
+    if found is None:
+        raise ValueError("not an index of this version of ardiff")
+    data = content[found.end() :]
+    if len(data) != int(found[1]) * INDEX_DTYPE.itemsize:
+        raise ValueError(f"{len(data)} bytes of data for {int(found[1])} rows")
+    return np.frombuffer(data, dtype=INDEX_DTYPE)
+
+
 def read_samples(path: Path) -> Iterator[Sample]:
     """Iterate a shard sample by sample, without the index (for tools; training uses `ShardSet`).
 

@@ -1,28 +1,26 @@
 """Batches for one rank, prepared ahead by a thread.
 
-What a batch holds is a function of the seed and of global positions only. Micro-batch m of rank r takes the same place
-in the global batch whatever the world size, so 1, 2 and 8 ranks train on the same numbers.
+What a batch holds is a function of the seed and of global positions only, so 1, 2 and 8 ranks train on the same
+numbers.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ardiff.config import Config
-from ardiff.data.dataset import ShardSet
-from ardiff.data.latent_space import LatentSpace
-from ardiff.data.plan import Plan, Visits
-from ardiff.diffusion.timesteps import draw_from_seeds
-from ardiff.randomness import Stream, hashed, normals, uniforms
+from ardiff.data.clips import BadSample, Collate, Rows
+from ardiff.data.mixture import Mixture
+from ardiff.data.plan import Visits
 
-Collate = Callable[[Visits], dict[str, Tensor]]
+log = logging.getLogger("ardiff")
+PLANNED = 4096  # visits worked out at a time: the arithmetic is quicker for many
+LOOKAHEAD = 64  # global batches ahead of which shards are fetched into the cache
 
 
 @dataclass
@@ -33,78 +31,19 @@ class GlobalBatch:
     size: int  # samples over all ranks
     num_frames: int  # real (unmasked) frames over all ranks
     micro_batches: list[dict[str, Tensor]]
-
-
-class LatentClips:
-    """Clips of latents with their noise, timesteps and labels: what the diffusion objective reads."""
-
-    def __init__(self, shards: ShardSet, space: LatentSpace, config: Config) -> None:
-        self.shards, self.space, self.config = shards, space, config
-
-    def __call__(self, visits: Visits) -> dict[str, Tensor]:
-        """latents, noise [B, F, L, C]; timesteps, mask [B, F]; label [B]."""
-        model, seed, positions = self.config.model, self.config.train.seed, visits.position
-        shape = (model.num_frames, model.tokens_per_frame, model.in_channels)
-        latents = np.zeros((len(positions), *shape), dtype=np.float32)
-        noise = np.empty_like(latents)
-        for i, (video, first, position, count) in enumerate(zip(*visits, strict=True)):
-            latents[i, :count] = self.shards.read_latents(video, first, count, self.config.data.stride)
-            noise[i] = normals(seed, Stream.NOISE, position, shape)
-        timesteps = draw_from_seeds(
-            self.config.diffusion.timesteps,
-            hashed(seed, Stream.TIMESTEPS, positions),
-            model.num_frames,
-            self.config.diffusion.num_timesteps,
-        )
-        batch = {
-            "latents": torch.from_numpy(self.space.to_model(latents)),
-            "noise": torch.from_numpy(noise),
-            "timesteps": timesteps,
-            "mask": _frame_mask(visits, model.num_frames),
-        }
-        if model.num_classes:
-            label = self.shards.labels[visits.video].astype(np.int64)
-            dropped = uniforms(hashed(seed, Stream.LABEL_DROP, positions), 1)[:, 0]
-            no_label = (dropped < self.config.train.label_dropout) | (label < 0)
-            batch["label"] = torch.from_numpy(np.where(no_label, model.num_classes, label))
-        return batch
-
-
-class FrameClips:
-    """Clips of pictures with the noise of the posterior: what the reconstruction objective reads."""
-
-    def __init__(self, shards: ShardSet, config: Config, num_frames: int) -> None:
-        self.shards, self.config, self.num_frames = shards, config, num_frames
-
-    def __call__(self, visits: Visits) -> dict[str, Tensor]:
-        """video [B, F, 3, H, W] in [0, 1]; noise [B, F, L, C]; mask [B, F]."""
-        vae, seed = self.config.vae, self.config.train.seed
-        shape = (self.num_frames, vae.num_tokens, vae.channels)
-        video = np.zeros((len(visits.video), self.num_frames, vae.image_size, vae.image_size, 3), np.uint8)
-        noise = np.empty((len(visits.video), *shape), dtype=np.float32)
-        for i, (index, first, position, count) in enumerate(zip(*visits, strict=True)):
-            video[i, :count] = self.shards.read_frames(index, first, count, self.config.data.stride)
-            noise[i] = normals(seed, Stream.POSTERIOR, position, shape)
-        return {
-            "video": torch.from_numpy(video).permute(0, 1, 4, 2, 3).float().div_(255),
-            "noise": torch.from_numpy(noise),
-            "mask": _frame_mask(visits, self.num_frames),
-        }
-
-
-def _frame_mask(visits: Visits, num_frames: int) -> Tensor:
-    return torch.arange(num_frames)[None] < torch.from_numpy(visits.num_frames)[:, None]
+    bad: list[BadSample] = field(default_factory=list)  # this rank's samples that were replaced
 
 
 class BatchStream:
     """Endless iterator of this rank's `GlobalBatch`es from a position on; close it when done.
 
-    An error while reading is raised in the consumer at the batch that it concerns.
+    Rank r takes the r-th of `world_size` equal stretches of every global batch. An error while reading is raised in the
+    consumer at the batch that it concerns.
     """
 
     def __init__(
         self,
-        plan: Plan,
+        data: Mixture,
         collate: Collate,
         *,
         global_batch_size: int,
@@ -116,15 +55,19 @@ class BatchStream:
         pin_memory: bool = False,
     ) -> None:
         assert global_batch_size % (micro_batch_size * world_size) == 0
-        self.plan, self.collate = plan, collate
+        self.data, self.collate = data, collate
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self._position = position
+        self._planned: tuple[int, list[Visits]] = (position, [])  # where they begin, one per global batch
         self._ready: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._broken: BaseException | None = None
-        self._thread = threading.Thread(target=self._produce, name="batch-stream", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._produce, name="batch-stream", daemon=True)]
+        if data.is_remote:
+            self._threads.append(threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         return self
@@ -144,9 +87,9 @@ class BatchStream:
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._closed.set()
-        while self._thread.is_alive():
+        while self._threads[0].is_alive():
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
@@ -154,15 +97,36 @@ class BatchStream:
 
     def read(self, position: int) -> GlobalBatch:
         """This rank's share of the global batch that begins at `position`."""
-        visits = self.plan.visits(position, self.global_batch_size)
-        size, stride = self.micro_batch_size, self.micro_batch_size * self.world_size
-        micro_batches = []
-        for start in range(self.rank * size, self.global_batch_size, stride):
-            batch = self.collate(Visits(*(column[start : start + size] for column in visits)))
+        visits = self._visits(position)
+        size = self.micro_batch_size
+        share = self.global_batch_size // self.world_size
+        batch = GlobalBatch(position, self.global_batch_size, int(visits.num_frames.sum()), [])
+        for start in range(self.rank * share, (self.rank + 1) * share, size):
+            part = Visits(*(column[start : start + size] for column in visits))
+            clips = self.collate(Rows(part, position, self.global_batch_size, start))
+            tensors = clips.tensors
             if self.pin_memory:
-                batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-            micro_batches.append(batch)
-        return GlobalBatch(position, self.global_batch_size, int(visits.num_frames.sum()), micro_batches)
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            batch.micro_batches.append(tensors)
+            batch.bad += clips.bad
+        return batch
+
+    def _visits(self, position: int) -> Visits:
+        """All visits of a global batch; several batches are planned at once."""
+        size = self.global_batch_size
+        start, planned = self._planned
+        number = (position - start) // size
+        if (position - start) % size or not 0 <= number < len(planned):
+            count = max(1, PLANNED // size)
+            planned = self._split(self.data.visits(position, count * size), count)
+            self._planned, number = (position, planned), 0
+        return planned[number]
+
+    def _split(self, visits: Visits, count: int) -> list[Visits]:
+        """The visits of `count` global batches in a row, which are sorted by lane, as one `Visits` for each batch."""
+        lanes = self.data.lanes
+        columns = [column.reshape(lanes, count, -1).transpose(1, 0, 2).reshape(count, -1) for column in visits]
+        return [Visits(*(column[number] for column in columns)) for number in range(count)]
 
     def _produce(self) -> None:
         while not self._closed.is_set():
@@ -179,3 +143,18 @@ class BatchStream:
                     continue
             if isinstance(item, BaseException):
                 return
+
+    def _fetch_ahead(self) -> None:
+        """Bring the shards of this rank's next batches into the cache before they are read."""
+        position, size = self._position, self.global_batch_size
+        share = size // self.world_size
+        while not self._closed.is_set():
+            if position >= self._position + LOOKAHEAD * size:
+                self._closed.wait(0.05)
+                continue
+            try:
+                videos = self.data.visits(position, size).video[self.rank * share : (self.rank + 1) * share]
+                self.data.prepare(videos)
+            except Exception:
+                log.debug("fetching ahead failed; the reading thread will tell", exc_info=True)
+            position += size

@@ -26,10 +26,12 @@ class DiffusionObjective(nn.Module):
         self.elements_per_frame = config.model.tokens_per_frame * config.model.in_channels
 
     def forward(self, batch: dict[str, Tensor]) -> Terms:
-        """batch: latents, noise [B, F, L, C], timesteps [B, F], mask [B, F] (True: a real frame), label [B]."""
+        """batch: latents, noise [B, F, L, C], timesteps [B, F], mask [B, F] (True: a real frame), label [B],
+        context [B, N, D]; the last two as far as the model takes them.
+        """
         x0, noise, t, mask = batch["latents"], batch["noise"], batch["timesteps"], batch["mask"]
         x_t = self.schedule.q_sample(x0, t, noise)
-        output = self.network(x_t, t, batch.get("label"))
+        output = self.network(x_t, t, batch.get("label"), batch.get("context"))
         error = (output.float() - self.schedule.target(x0, t, noise).float()) ** 2
         per_frame = error.sum(dim=(2, 3)) * mask  # [B, F]
         counts = mask.double() * self.elements_per_frame

@@ -30,6 +30,8 @@ class Request:
     gap: int
     guidance: float = 1.0
     labels: list[int] | None = None  # one per video
+    text: Tensor | None = None  # [N, D], features of one text for all videos
+    text_tokens: int = 0  # as many as the model was trained with: texts are padded with zeros, and no text is all zeros
     prefix: Tensor | None = None  # [1 or V, P, L, C], latents of the model
     seed: int = 0
     first_video: int = 0
@@ -60,6 +62,8 @@ def generate(
             chosen = request.prefix if len(request.prefix) == 1 else request.prefix[indices.start : indices.stop]
             prefix = chosen.expand(len(indices), -1, -1, -1).to(device)
 
+        context, no_text = _contexts(request, model, len(indices), device)
+
         def report(row: int, rows: int, done: int = number) -> None:
             if on_row is not None:
                 on_row(done * rows + row, len(starts) * rows)
@@ -72,6 +76,8 @@ def generate(
             Schedule.from_config(config.diffusion),
             guidance=request.guidance,
             label=label,
+            context=context,
+            null_context=no_text,
             prefix=prefix,
             cache=request.cache,
             block=model.block,
@@ -79,6 +85,19 @@ def generate(
         )
         videos.append(latents.cpu())
     return torch.cat(videos)
+
+
+def _contexts(
+    request: Request, model: ModelConfig, count: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The text features [B, N, D] of a batch and those of no text; None for models without text."""
+    if not model.context_dim:
+        return None, None
+    no_text = torch.zeros(count, request.text_tokens, model.context_dim, device=device)
+    context = no_text.clone()
+    if request.text is not None:
+        context[:, : len(request.text)] = request.text.to(device)
+    return context, no_text
 
 
 def default_device() -> torch.device:

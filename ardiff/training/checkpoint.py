@@ -54,6 +54,8 @@ class State:
     world_size: int
     layout: list[list[tuple[str, list[int]]]]  # per group: name and shape of every parameter, in order
     latent_space: dict[str, Any] | None = None  # see LatentSpace; None for an AR-VAE
+    mixture: list[list[Any]] = field(default_factory=list)  # [position, weights] of every change of weights
+    bad_samples: list[list[Any]] = field(default_factory=list)  # [position, shard, offset, reason]: replaced ones
     slices: list[list[tuple[int, int]]] = field(default_factory=list)  # per rank and group: canonical [start, end)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION

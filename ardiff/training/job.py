@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from ardiff.config import Config
-from ardiff.data.dataset import ShardSet
+from ardiff.data.clips import Collate
 from ardiff.data.latent_space import LatentSpace
-from ardiff.data.stream import Collate
+from ardiff.data.mixture import Mixture
 
 Preview = Callable[[nn.Module], dict[str, np.ndarray]]  # network -> tag -> video uint8 [F, H, W, 3]
 
@@ -23,8 +23,7 @@ class Job:
     name: str
     config: Config
     build_objective: Callable[[], nn.Module]  # it holds the network as `.network`; forward(batch) -> Terms
-    shards: ShardSet
-    num_frames: int  # of a clip
+    data: Mixture
     collate: Collate
     flops_per_clip: float  # forward
     tokens_per_clip: int

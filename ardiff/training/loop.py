@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ardiff.data.plan import Plan
+from ardiff.data.clips import BadSample
 from ardiff.data.stream import BatchStream, GlobalBatch
 from ardiff.errors import UserError
 from ardiff.monitor.throughput import Clock, peak_flops
@@ -41,7 +41,6 @@ class Trainer:
     def __init__(self, job: Job, folder: Path, ds_settings: dict[str, Any], world: World) -> None:
         self.job, self.config, self.folder, self.world = job, job.config, folder, world
         config = job.config
-        self.plan = Plan(job.shards, config.train.seed, config.data.order, job.num_frames, config.data.stride)
         # Initial weights are a function of the seed alone, whatever else was built before them.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
@@ -52,6 +51,8 @@ class Trainer:
         self.flat = FlatState(zero, names, world.rank)
         self.ema = ShardedEMA(zero, config.train.ema_decay)
         self.step, self.samples = 0, 0
+        self.bad_samples: list[BadSample] = []  # of all ranks, in the order of the run
+        self._bad_here: list[BadSample] = []  # of this rank, since the ranks last met
         self.clock = Clock()
         # Decided by the rank that draws: all enter the averaged weights together, or none does.
         self.has_previews = bool(world.from_main(lambda: config.train.sample_every and job.preview is not None))
@@ -73,13 +74,16 @@ class Trainer:
         self.flat.publish()
         self.engine.deepspeed.skipped_steps = state.skipped_steps
         self.step, self.samples = state.step, state.samples
+        self.bad_samples = [BadSample(*entry) for entry in state.bad_samples]
+        if self.job.data.continue_with(state.mixture, state.samples) and self.world.is_main:
+            log.warning("mixing with other weights from here on: %s", self.job.data.history[-1].weights)
         if self.world.is_main:
             log.info("resumed from %s (step %d, %d samples)", found, self.step, self.samples)
 
     def open_stream(self) -> BatchStream:
         """Batches of this rank from the current position on."""
         return BatchStream(
-            self.plan,
+            self.job.data,
             self.job.collate,
             global_batch_size=self.config.train.global_batch_size,
             micro_batch_size=self.config.train.micro_batch_size,
@@ -93,6 +97,7 @@ class Trainer:
     def train_step(self, batch: GlobalBatch) -> list[Terms]:
         """One optimizer step, EMA included."""
         terms, applied = self.engine.step(batch, self.step + 1)
+        self._bad_here += batch.bad
         self.step += 1
         self.samples += batch.size
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
@@ -106,8 +111,28 @@ class Trainer:
         self.clock.step()
         return terms
 
+    def meet_bad_samples(self) -> None:
+        """Let all ranks know of all replaced samples (collective). Raises UserError when they are too many."""
+        new = sorted(bad for part in self.world.gather(self._bad_here) for bad in part)
+        self._bad_here = []
+        self.bad_samples += (BadSample(*entry) for entry in new)
+        if self.world.is_main:
+            for position, shard, offset, reason in new:
+                log.warning("BAD SAMPLE at position %d replaced: %s, byte %d: %s", position, shard, offset, reason)
+        share = self.config.data.max_bad_fraction
+        seen = max(self.samples, self.job.data.visits_per_epoch)
+        if new and len(self.bad_samples) > share * seen:
+            self.world.agree(
+                UserError(
+                    f"{len(self.bad_samples)} bad samples in {seen} (an epoch, or all so far), more than "
+                    f"data.max_bad_fraction = {share:g}; the last: {new[-1].shard}, byte {new[-1].offset}: "
+                    f"{new[-1].reason}; see `python -m data_tools.inspect_shards repair`, or allow more"
+                )
+            )
+
     def report(self, terms: list[Terms], writer: MetricsWriter | None) -> None:
         """Metrics of this step (collective); speeds are means since the last report."""
+        self.meet_bad_samples()
         means = mean_terms(terms, self.world.sum)
         grad_norm = float(self.engine.grad_norm())
         speed = self.clock.report()
@@ -126,6 +151,7 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "lr": learning_rate(self.config, self.step),
                 "skipped_steps": self.engine.skipped_steps,
+                "bad_samples": len(self.bad_samples),
                 "clips_per_s": per_second,
                 "tokens_per_s": per_second * self.job.tokens_per_clip,
                 "tflops_per_gpu": flops / 1e12,
@@ -139,6 +165,7 @@ class Trainer:
 
     def save(self, writer: MetricsWriter | None) -> None:
         """Write a checkpoint (collective)."""
+        self.meet_bad_samples()
         if writer is not None:
             writer.flush()
         path = checkpoint.save(
@@ -156,8 +183,10 @@ class Trainer:
             adam_steps=self.flat.adam_steps(),
             ema_updates=self.ema.num_updates,
             seed=self.config.train.seed,
-            order=self.config.data.order,
-            data_identity=self.job.shards.identity,
+            order=self.job.data.order,
+            data_identity=self.job.data.identity,
+            mixture=[list(change) for change in self.job.data.history],
+            bad_samples=[list(bad) for bad in self.bad_samples],
             precision=self.engine.precision,
             world_size=self.world.size,
             layout=self.flat.layout,

@@ -98,8 +98,11 @@ def _prepare(
     run_dir.check(options.run_dir, config, name, fixed, options.resume)
     default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
     ds_settings = read_ds_config(options.ds_config or default)
-    accumulation_steps(config, int(os.environ["WORLD_SIZE"]))
-    return options.run_dir, config, ds_settings, build_job(config)
+    world_size = int(os.environ["WORLD_SIZE"])
+    accumulation_steps(config, world_size)
+    job = build_job(config)
+    job.data.check(config.train.global_batch_size, world_size)
+    return options.run_dir, config, ds_settings, job
 
 
 def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
@@ -117,9 +120,9 @@ def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
         trainer.engine.accumulation,
         config.max_steps,
     )
-    plan = trainer.plan
-    short = f", {plan.num_short} videos are shorter than a clip and padded" if plan.num_short else ""
-    log.info("data: %d videos, %d clips per epoch%s", len(job.shards), plan.visits_per_epoch, short)
+    data = job.data
+    short = f", {data.num_short} videos are shorter than a clip and padded" if data.num_short else ""
+    log.info("data: %d videos, %d clips per epoch%s, order %s", len(data), data.visits_per_epoch, short, data.order)
     for note in job.notes:
         log.info("%s", note)
     log.info("configuration: %s", folder / "config.yaml")

@@ -84,7 +84,12 @@ def check_state(state: State, now: State, checkpoint: Path) -> None:
     for what, old, new, remedy in (
         ("data", state.data_identity, now.data_identity, "give the --data.shards it was trained on"),
         ("train.seed", state.seed, now.seed, f"use --train.seed {state.seed}"),
-        ("data.order", state.order, now.order, f"use --data.order {state.order}"),
+        (
+            "data.order",
+            state.order,
+            now.order,
+            "use the data.order, data.lanes and data.lane_window it was trained with",
+        ),
         ("precision", state.precision, now.precision, "use the --ds_config it was trained with"),
         ("latent space", _without_path(state), _without_path(now), "use the same data.normalize and AR-VAE"),
     ):

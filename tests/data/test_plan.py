@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from data_helpers import chi_square, write_latents
 
+from ardiff.data import plan as plan_module
 from ardiff.data.dataset import open_shards
-from ardiff.data.plan import Plan, permute
+from ardiff.data.plan import ROUNDS, Plan
 from ardiff.data.shards import read_manifest
 from ardiff.errors import UserError
+from ardiff.randomness import Stream, hashed
 
 FRAMES = 4
 LENGTHS = ((5, 1, 16), (20, 7), (33, 2, 4, 9), (8,) * 40)
@@ -25,6 +27,11 @@ def shards(tmp_path_factory):
 
 def plan_of(shards, seed=0, num_frames=FRAMES, stride=1):
     return Plan(shards, seed, num_frames=num_frames, stride=stride)
+
+
+def permute(places, count, seed, epoch):
+    keys = hashed(seed, Stream.ORDER, np.int64(epoch) * ROUNDS + np.arange(ROUNDS))
+    return plan_module.permute(places, np.array([count]), np.tile(keys, (len(places), 1)))
 
 
 def visits_per_video(num_frames=FRAMES, stride=1):

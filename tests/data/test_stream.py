@@ -8,10 +8,13 @@ import torch
 from data_helpers import all_latents, class_of, decoded, picture, write_frames, write_latents
 
 from ardiff.config import load
+from ardiff.data import stream as stream_module
+from ardiff.data.clips import FrameClips, LatentClips, Rows
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
+from ardiff.data.mixture import Mixture
 from ardiff.data.plan import Plan
-from ardiff.data.stream import BatchStream, FrameClips, LatentClips
+from ardiff.data.stream import BatchStream
 from ardiff.diffusion.timesteps import fopp_from_seeds
 from ardiff.randomness import Stream, hashed, normals
 
@@ -32,8 +35,10 @@ def shards(tmp_path_factory):
 
 
 def parts_of(shards, config):
-    plan = Plan(shards, config.train.seed, num_frames=FRAMES, stride=config.data.stride)
-    return plan, LatentClips(shards, LatentSpace.of(shards.manifest, config.data.normalize), config)
+    data = config.data
+    plan = Plan(shards, config.train.seed, data.order, FRAMES, data.stride, data.lanes, data.lane_window)
+    mixture = Mixture([plan], [1.0])
+    return mixture, LatentClips(mixture, LatentSpace.of(shards.manifest, config.data.normalize), config)
 
 
 def take(shards, count, config=None, **options):
@@ -47,10 +52,14 @@ def take(shards, count, config=None, **options):
         stream.close()
 
 
-def assembled(shares, micro=MICRO):
-    """The global batch from all ranks' shares: micro-batch m of rank r stands at place (m * world + r) * micro."""
-    world = len(shares)
-    pieces = [shares[i % world].micro_batches[i // world] for i in range(GLOBAL // micro)]
+def rows_of(data, position, size):
+    """A whole global batch as one piece."""
+    return Rows(data.visits(position, size), position, size, 0)
+
+
+def assembled(shares):
+    """The global batch from all ranks' shares, which are its stretches in order."""
+    pieces = [piece for share in shares for piece in share.micro_batches]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -64,18 +73,21 @@ def assert_equal(one, other):
 @pytest.fixture(scope="module")
 def expected(shards):
     """The first three global batches, as one rank reads them in one piece."""
-    return [assembled([batch], GLOBAL) for batch in take(shards, 3, micro_batch_size=GLOBAL)]
+    return [assembled([batch]) for batch in take(shards, 3, micro_batch_size=GLOBAL)]
 
 
+@pytest.mark.parametrize("order", ["global", "lanes"])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_any_number_of_ranks_sees_the_same_bytes(shards, expected, world, micro):
-    ranks = [take(shards, 3, rank=rank, world_size=world, micro_batch_size=micro) for rank in range(world)]
+def test_any_number_of_ranks_sees_the_same_bytes(shards, world, micro, order):
+    config = settings(f"data.order={order}", "data.lanes=4", "data.lane_window=3")
+    expected = [assembled([batch]) for batch in take(shards, 3, config, micro_batch_size=GLOBAL)]
+    ranks = [take(shards, 3, config, rank=rank, world_size=world, micro_batch_size=micro) for rank in range(world)]
     for number, shares in enumerate(zip(*ranks, strict=True)):
         assert {share.position for share in shares} == {number * GLOBAL}
         assert {share.size for share in shares} == {GLOBAL}
         assert all(len(share.micro_batches) == GLOBAL // micro // world for share in shares)
-        together = assembled(shares, micro)
+        together = assembled(shares)
         assert_equal(together, expected[number])
         # what the loss is divided by is the same number on every rank: real frames of the global batch
         assert {share.num_frames for share in shares} == {int(together["mask"].sum())}
@@ -90,10 +102,14 @@ def test_batches_are_not_all_alike(expected):
     assert not masks.all()  # the data set has short videos
 
 
-def test_resuming_equals_continuing(shards):
-    whole = take(shards, 6)
-    for start in (1, 4):
-        for resumed, continued in zip(take(shards, 6 - start, position=start * GLOBAL), whole[start:], strict=True):
+@pytest.mark.parametrize("order", ["global", "lanes"])
+def test_resuming_equals_continuing(shards, order, monkeypatch):
+    monkeypatch.setattr(stream_module, "PLANNED", 3 * GLOBAL)  # resume within, at and beyond what is planned at once
+    config = settings(f"data.order={order}", "data.lanes=4", "data.lane_window=3")
+    whole = take(shards, 8, config)
+    for start in (1, 3, 5):
+        resumed_batches = take(shards, 8 - start, config, position=start * GLOBAL)
+        for resumed, continued in zip(resumed_batches, whole[start:], strict=True):
             assert (resumed.position, resumed.num_frames) == (continued.position, continued.num_frames)
             for one, other in zip(resumed.micro_batches, continued.micro_batches, strict=True):
                 assert_equal(one, other)
@@ -135,8 +151,8 @@ def test_timesteps_follow_the_configured_distribution(shards):
 def test_labels_are_dropped_as_often_as_asked(shards, share):
     config = settings(f"train.label_dropout={share}")
     plan, clips = parts_of(shards, config)
-    visits = plan.visits(0, 2000)
-    label = clips(visits)["label"]
+    rows = rows_of(plan, 0, 2000)
+    visits, label = rows.visits, clips(rows).tensors["label"]
     known = [class_of(video) for video in visits.video]
     dropped = 0
     for found, given in zip(label.tolist(), known, strict=True):
@@ -202,10 +218,9 @@ def test_frame_clips(tmp_path):
     write_frames(tmp_path, lengths, size)
     shards = open_shards(tmp_path, "frames")
     config = settings("vae.image_size=16", "vae.patch_size=8", "vae.num_tokens=2", "vae.channels=4")
-    clips = FrameClips(shards, config, num_frames=FRAMES)
-    plan = Plan(shards, config.train.seed, num_frames=FRAMES)
-    visits = plan.visits(4, 8)
-    batch = clips(visits)
+    data = Mixture([Plan(shards, config.train.seed, num_frames=FRAMES)], [1.0])
+    rows = rows_of(data, 4, 8)
+    visits, batch = rows.visits, FrameClips(data, config, num_frames=FRAMES)(rows).tensors
     assert batch["video"].shape == (8, FRAMES, 3, size, size)
     assert batch["video"].dtype == torch.float32
     for i, (video, first, position, count) in enumerate(zip(*visits, strict=True)):
@@ -224,10 +239,10 @@ class Broken:
     def __init__(self, clips, position, error):
         self.clips, self.position, self.error = clips, position, error
 
-    def __call__(self, visits):
-        if self.position in visits.position:
+    def __call__(self, rows):
+        if self.position in rows.visits.position:
             raise self.error
-        return self.clips(visits)
+        return self.clips(rows)
 
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt(), SystemExit(3)], ids=type)
@@ -241,7 +256,7 @@ def test_an_error_surfaces_at_the_batch_that_it_concerns(shards, error):
         next(stream)
     assert caught.value is error
     stream.close()
-    assert not stream._thread.is_alive()
+    assert not stream._threads[0].is_alive()
 
 
 def ends(call):
@@ -281,7 +296,7 @@ def test_close_ends_the_thread(shards, taken):
     for _ in range(taken):
         next(stream)
     stream.close()
-    assert not stream._thread.is_alive()
+    assert not stream._threads[0].is_alive()
     stream.close()  # twice does no harm
 
 
@@ -289,11 +304,11 @@ def test_the_producer_stops_at_the_prefetch_limit(shards):
     plan, clips = parts_of(shards, settings())
     reached, asked = threading.Event(), []
 
-    def counting(visits):
-        asked.append(int(visits.position[0]))
+    def counting(rows):
+        asked.append(int(rows.visits.position[0]))
         if len(asked) == 3 * GLOBAL // MICRO:  # two batches in the queue, one in hand
             reached.set()
-        return clips(visits)
+        return clips(rows)
 
     stream = BatchStream(plan, counting, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=2)
     assert reached.wait(timeout=10)

@@ -1,0 +1,207 @@
+"""Visits -> tensors: clips with everything random that belongs to them, and what happens when one cannot be read.
+
+A bad sample never shortens a batch: another clip of the same data set, a function of seed and position, takes its place
+(with as many real frames, so that what other ranks count on stays true), and it is reported with its shard, offset and
+reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ardiff.config import Config
+from ardiff.data.latent_space import LatentSpace
+from ardiff.data.mixture import Mixture
+from ardiff.data.plan import Visits
+from ardiff.data.tar import ShardError
+from ardiff.diffusion.timesteps import draw_from_seeds
+from ardiff.errors import UserError
+from ardiff.randomness import Stream, hashed, normals, uniforms
+
+BAD_IN_A_ROW = 20  # so many samples one after the other that cannot be used end the run
+INFINITE = np.uint16(0x7C00)  # the exponent bits of float16: all set in infinities and NaN
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used: its position in the order of the run, where it lies, and why."""
+
+    position: int
+    shard: str
+    offset: int
+    reason: str
+
+
+class Rows(NamedTuple):
+    """A stretch of a global batch: rows first_row ... of the batch at `position` with `size` samples."""
+
+    visits: Visits
+    position: int
+    size: int
+    first_row: int
+
+
+@dataclass
+class Clips:
+    """The tensors of some rows, and the samples among them that were replaced."""
+
+    tensors: dict[str, Tensor]
+    bad: list[BadSample] = field(default_factory=list)
+
+
+Collate = Callable[[Rows], Clips]
+Read = Callable[[int, Visits], None]  # row, visits -> fill that row; raises ShardError
+
+
+def read_rows(
+    data: Mixture, rows: Rows, read: Read, pool: ThreadPoolExecutor | None = None
+) -> tuple[Visits, list[BadSample]]:
+    """Call `read` for every row, with substitutes where it fails; returns the visits that were used at last.
+
+    Raises UserError when BAD_IN_A_ROW samples in a row fail.
+    """
+    visits = Visits(*(column.copy() for column in rows.visits))
+    bad: list[BadSample] = []
+
+    def one(row: int) -> None:
+        try:
+            read(row, visits)
+        except ShardError as error:
+            bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
+            _substitute(data, rows, row, visits, read, bad)
+
+    if pool is None:
+        for row in range(len(visits.video)):
+            one(row)
+    else:
+        list(pool.map(one, range(len(visits.video))))
+    return visits, sorted(bad)
+
+
+def _substitute(data: Mixture, rows: Rows, row: int, visits: Visits, read: Read, bad: list[BadSample]) -> None:
+    """Put another clip, of at least as many frames, into a row."""
+    frames, failures = visits.num_frames[row], 1
+    for attempt in range(4096):
+        other = data.substitutes(rows.position, rows.size, np.array([rows.first_row + row]), attempt)
+        if other.num_frames[0] < frames:
+            continue
+        visits.video[row], visits.first_frame[row] = other.video[0], other.first_frame[0]
+        try:
+            read(row, visits)
+            return
+        except ShardError as error:
+            bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
+            failures += 1
+            if failures == BAD_IN_A_ROW:
+                raise UserError(
+                    f"{failures} samples in a row cannot be used, the last one: {error}; see "
+                    "`python -m data_tools.inspect_shards verify`"
+                ) from error
+    raise UserError(f"{data.source}: no clip found that could stand in for {bad[-1].shard}, byte {bad[-1].offset}")
+
+
+class LatentClips:
+    """Clips of latents with their noise, timesteps, labels and text: what the diffusion objective reads."""
+
+    def __init__(self, data: Mixture, space: LatentSpace, config: Config) -> None:
+        self.data, self.space, self.config = data, space, config
+
+    def __call__(self, rows: Rows) -> Clips:
+        """latents, noise [B, F, L, C]; timesteps, mask [B, F]; label [B]; context [B, N, D]."""
+        model, seed, positions = self.config.model, self.config.train.seed, rows.visits.position
+        latents, text, visits, bad = self.read(rows)
+        noise = np.empty(latents.shape, dtype=np.float32)
+        for i, position in enumerate(positions.tolist()):
+            noise[i] = normals(seed, Stream.NOISE, position, noise.shape[1:])
+        timesteps = draw_from_seeds(
+            self.config.diffusion.timesteps,
+            hashed(seed, Stream.TIMESTEPS, positions),
+            model.num_frames,
+            self.config.diffusion.num_timesteps,
+        )
+        tensors = {
+            "latents": torch.from_numpy(self.space.to_model(latents)),
+            "noise": torch.from_numpy(noise),
+            "timesteps": timesteps,
+            "mask": _frame_mask(visits, model.num_frames),
+        }
+        dropped = uniforms(hashed(seed, Stream.LABEL_DROP, positions), 1)[:, 0] < self.config.train.label_dropout
+        if model.context_dim:
+            tensors["context"] = torch.from_numpy(np.where(dropped[:, None, None], 0, text))
+        if model.num_classes:
+            label = self.data.labels[visits.video].astype(np.int64)
+            tensors["label"] = torch.from_numpy(np.where(dropped | (label < 0), model.num_classes, label))
+        return Clips(tensors, bad)
+
+    def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, Visits, list[BadSample]]:
+        """What lies on disk: latents float16 [B, F, L, C], zero beyond the end of a video, and the text features
+        float32 [B, N, D], zero beyond the end of a text (N = 0 for models without text).
+        """
+        model, stride, data = self.config.model, self.config.data.stride, self.data
+        shape = (len(rows.visits.video), model.num_frames, model.tokens_per_frame, model.in_channels)
+        latents = np.zeros(shape, dtype=np.float16)
+        text = np.zeros((shape[0], data.text_tokens if model.context_dim else 0, model.context_dim), dtype=np.float32)
+        flipped = _flips(self.config, rows.visits.position)
+
+        def fill(row: int, visits: Visits) -> None:
+            video, count = int(visits.video[row]), int(visits.num_frames[row])
+            out = latents[row, :count]
+            data.read_latents_into(out, video, int(visits.first_frame[row]), stride, flipped[row])
+            if ((out.view(np.uint16) & INFINITE) == INFINITE).any():
+                raise ShardError(*data.place_of(video), "latents that are not finite")
+            if model.context_dim:
+                features = data.read_text(video)
+                if not np.isfinite(features).all():
+                    raise ShardError(*data.place_of(video), "text features that are not finite")
+                text[row] = 0
+                text[row, : len(features)] = features
+
+        visits, bad = read_rows(data, rows, fill)
+        return latents, text, visits, bad
+
+
+class FrameClips:
+    """Clips of pictures with the noise of the posterior: what the reconstruction objective reads."""
+
+    def __init__(self, data: Mixture, config: Config, num_frames: int) -> None:
+        self.data, self.config, self.num_frames = data, config, num_frames
+        self._pool = ThreadPoolExecutor(config.data.decode_threads, "pictures")
+
+    def __call__(self, rows: Rows) -> Clips:
+        """video [B, F, 3, H, W] in [0, 1]; noise [B, F, L, C]; mask [B, F]."""
+        vae, seed, positions = self.config.vae, self.config.train.seed, rows.visits.position
+        video = np.zeros((len(positions), self.num_frames, vae.image_size, vae.image_size, 3), np.uint8)
+        noise = np.empty((len(positions), self.num_frames, vae.num_tokens, vae.channels), dtype=np.float32)
+        flipped, stride = _flips(self.config, positions), self.config.data.stride
+
+        def fill(row: int, visits: Visits) -> None:
+            index, first, count = int(visits.video[row]), int(visits.first_frame[row]), int(visits.num_frames[row])
+            video[row, :count] = self.data.read_frames(index, first, count, stride, flipped[row])
+
+        visits, bad = read_rows(self.data, rows, fill, self._pool)
+        for i, position in enumerate(positions.tolist()):
+            noise[i] = normals(seed, Stream.POSTERIOR, position, noise.shape[1:])
+        tensors = {
+            "video": torch.from_numpy(video).permute(0, 1, 4, 2, 3).float().div_(255),
+            "noise": torch.from_numpy(noise),
+            "mask": _frame_mask(visits, self.num_frames),
+        }
+        return Clips(tensors, bad)
+
+
+def _flips(config: Config, positions: np.ndarray) -> list[bool]:
+    """Which clips are read mirrored."""
+    share = config.data.flip_probability
+    if not share:
+        return [False] * len(positions)
+    return (uniforms(hashed(config.train.seed, Stream.FLIP, positions), 1)[:, 0] < share).tolist()
+
+
+def _frame_mask(visits: Visits, num_frames: int) -> Tensor:
+    return torch.arange(num_frames)[None] < torch.from_numpy(visits.num_frames)[:, None]

@@ -1,0 +1,209 @@
+"""Shards in object stores or behind http: fetched whole into a bounded cache on a local disk, checked, then read there.
+
+The cache is shared by all processes of a node. A file's name is its sha256, so equal names of different data sets
+cannot be confused; it appears under that name only when its content has been compared. The least recently used shards
+make room for new ones.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ardiff.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest
+from ardiff.data.tar import ShardError
+from ardiff.errors import UserError
+from ardiff.files import remove_leftovers, replacing, sha256
+
+log = logging.getLogger("ardiff")
+# What fsspec knows beyond these, such as shells, ssh or archives within archives, is refused.
+PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
+ATTEMPTS = 4
+PAUSE = 1.0  # seconds before the second attempt; doubled each time
+CONNECTIONS = 16  # for the many small index files
+TOUCH_EVERY = 30.0  # seconds between notes of a shard's last use
+
+
+def is_remote(source: str) -> bool:
+    """Whether a data set is named by a URL. Raises UserError for a kind of URL that is not read."""
+    protocol, separator, rest = source.partition("://")
+    if source.startswith("pipe:") or (separator and (protocol not in PROTOCOLS or "::" in source)):
+        raise UserError(f"{source}: shards are read from folders or from {', '.join(PROTOCOLS[:-1])} URLs only")
+    return bool(separator and rest)
+
+
+class ShardCache:
+    """A folder of at most `limit` bytes of shards."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        try:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir {folder}: cannot be made ({error.strerror})") from error
+        remove_leftovers(folder)
+        self._touched: dict[str, float] = {}
+        self._hopeless: dict[str, str] = {}  # shards that could not be had, and why
+
+    def manifest(self, url: str) -> Manifest:
+        """Fetch manifest and indexes of a remote data set; the folder of the result holds them."""
+        url = url.removesuffix(MANIFEST).rstrip("/")
+        folder = self.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        with self._locked(folder.name):
+            try:
+                self._download(f"{url}/{MANIFEST}", folder / MANIFEST)
+            except _UnavailableError as error:
+                raise UserError(f"{url}/{MANIFEST}: cannot be fetched ({error})") from error
+            manifest = read_manifest(folder)
+
+            def fetch(shard: ShardEntry) -> None:
+                name = Path(shard.file).with_suffix(".index.npy").name
+                if not (folder / name).is_file() or sha256(folder / name) != shard.index_sha256:
+                    self._download(f"{url}/{name}", folder / name)
+
+            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                try:
+                    list(pool.map(fetch, manifest.shards))
+                except _UnavailableError as error:
+                    raise UserError(f"{url}: an index cannot be fetched ({error})") from error
+        return manifest
+
+    def path(self, shard: ShardEntry, url: str) -> Path:
+        """The local copy of a shard of the data set at `url`, fetched if need be.
+
+        Raises ShardError when it cannot be had or is not what the manifest says, UserError when it is larger than the
+        cache. The copy may be evicted at any time after: open it at once, and call again if it has gone.
+        """
+        target = self.folder / f"{shard.sha256}.tar"
+        if self._used(target, shard):
+            return target
+        if shard.sha256 in self._hopeless:
+            raise ShardError(f"{url}/{shard.file}", 0, self._hopeless[shard.sha256])
+        if shard.bytes > self.limit:
+            raise UserError(
+                f"data.cache_gb = {self.limit / 1e9:g}, but {url}/{shard.file} alone has {shard.bytes / 1e9:g} GB"
+            )
+        with self._locked(shard.sha256):
+            if not self._used(target, shard):  # another process may have fetched it meanwhile
+                with self._room(shard):
+                    self._fetch(shard, url, target)
+        return target
+
+    def _used(self, target: Path, shard: ShardEntry) -> bool:
+        """Whether a copy is there; if so its last use is noted now and then."""
+        now = time.monotonic()
+        if now - self._touched.get(shard.sha256, -TOUCH_EVERY) < TOUCH_EVERY:
+            return target.exists()
+        try:
+            if target.stat().st_size != shard.bytes:
+                return False
+            os.utime(target)
+        except FileNotFoundError:
+            return False
+        self._touched[shard.sha256] = now
+        return True
+
+    def _fetch(self, shard: ShardEntry, url: str, target: Path) -> None:
+        for attempt in range(2):
+            try:
+                self._download(f"{url.rstrip('/')}/{shard.file}", target, shard)
+                return
+            except _UnavailableError as error:
+                reason = f"cannot be fetched ({error})"
+            except _DamagedError as error:
+                reason = f"fetched twice, and not what the manifest says: {error}"
+                if attempt == 0:
+                    log.warning("%s/%s: %s; fetching it again", url, shard.file, error)
+                    continue
+            self._hopeless[shard.sha256] = reason
+            raise ShardError(f"{url}/{shard.file}", 0, reason)
+
+    def _download(self, url: str, target: Path, shard: ShardEntry | None = None) -> None:
+        """Fetch one file, atomically; a shard is compared with its entry before it gets its name."""
+        import fsspec
+
+        for attempt in range(ATTEMPTS):
+            try:
+                with replacing(target) as temporary:
+                    system, path = fsspec.core.url_to_fs(url)
+                    system.get_file(path, str(temporary))
+                    if shard is not None:
+                        _compare(temporary, shard)
+                return
+            except ImportError as error:
+                raise UserError(f"{url}: needs a package that is not installed ({error})") from error
+            except FileNotFoundError as error:
+                raise _UnavailableError("not found") from error
+            except _DamagedError:
+                raise
+            except Exception as error:  # every store has exceptions of its own
+                if (
+                    isinstance(error, OSError)
+                    and error.errno is not None
+                    and Path(error.filename or "/").is_relative_to(self.folder)
+                ):
+                    raise  # the disk of the cache, not the network
+                if attempt == ATTEMPTS - 1:
+                    raise _UnavailableError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+                time.sleep(PAUSE * 2**attempt)
+
+    @contextmanager
+    def _room(self, shard: ShardEntry) -> Iterator[None]:
+        """Reserve space for a shard, evicting others; the reservation is a sparse file that other processes count."""
+        reservation = self.folder / f".{shard.sha256}.room.tmp.{platform.node()}.{os.getpid()}"
+        with self._locked("room"):
+            files = list(self._counted())
+            used = sum(stat.st_size for _, stat in files)
+            for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
+                if used + shard.bytes <= self.limit:
+                    break
+                if path.suffix == ".tar":
+                    used -= stat.st_size
+                    path.unlink(missing_ok=True)
+            reservation.touch()
+            os.truncate(reservation, shard.bytes)
+        try:
+            yield
+        finally:
+            reservation.unlink(missing_ok=True)
+
+    def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Shards and reservations; what another process removes meanwhile is passed over."""
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):
+                if path.suffix == ".tar" or ".room.tmp." in path.name:
+                    yield path, path.stat()
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Exclude the other threads and processes of this node."""
+        handle = os.open(self.folder / "locks" / name, os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+class _UnavailableError(Exception):
+    """A file could not be fetched."""
+
+
+class _DamagedError(Exception):
+    """A file was fetched, but is not what it should be."""
+
+
+def _compare(path: Path, shard: ShardEntry) -> None:
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise _DamagedError(f"{size} bytes instead of {shard.bytes}")
+    if sha256(path) != shard.sha256:
+        raise _DamagedError("its sha256 is wrong")
