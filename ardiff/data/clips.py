@@ -56,32 +56,24 @@ class Clips:
 
 
 Collate = Callable[[Rows], Clips]
-Read = Callable[[int, Visits], None]  # row, visits -> fill that row; raises ShardError
+# Fills the given rows from the visits; returns those that could not be filled, with the reason.
+Read = Callable[[np.ndarray, Visits], list[tuple[int, ShardError]]]
 
 
-def read_rows(
-    data: Mixture, rows: Rows, read: Read, pool: ThreadPoolExecutor | None = None
-) -> tuple[Visits, list[BadSample]]:
-    """Call `read` for every row, with substitutes where it fails; returns the visits that were used at last.
+def read_rows(data: Mixture, rows: Rows, read: Read) -> tuple[Visits, list[BadSample]]:
+    """Read all rows, with substitutes where that fails; returns the visits that were used at last.
 
     Raises UserError when BAD_IN_A_ROW samples in a row fail.
     """
+    failed = read(np.arange(len(rows.visits.video)), rows.visits)
+    if not failed:
+        return rows.visits, []
     visits = Visits(*(column.copy() for column in rows.visits))
     bad: list[BadSample] = []
-
-    def one(row: int) -> None:
-        try:
-            read(row, visits)
-        except ShardError as error:
-            bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
-            _substitute(data, rows, row, visits, read, bad)
-
-    if pool is None:
-        for row in range(len(visits.video)):
-            one(row)
-    else:
-        list(pool.map(one, range(len(visits.video))))
-    return visits, sorted(bad)
+    for row, error in sorted(failed, key=lambda failure: failure[0]):
+        bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
+        _substitute(data, rows, row, visits, read, bad)
+    return visits, bad
 
 
 def _substitute(data: Mixture, rows: Rows, row: int, visits: Visits, read: Read, bad: list[BadSample]) -> None:
@@ -92,17 +84,17 @@ def _substitute(data: Mixture, rows: Rows, row: int, visits: Visits, read: Read,
         if other.num_frames[0] < frames:
             continue
         visits.video[row], visits.first_frame[row] = other.video[0], other.first_frame[0]
-        try:
-            read(row, visits)
+        failed = read(np.array([row]), visits)
+        if not failed:
             return
-        except ShardError as error:
-            bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
-            failures += 1
-            if failures == BAD_IN_A_ROW:
-                raise UserError(
-                    f"{failures} samples in a row cannot be used, the last one: {error}; see "
-                    "`python -m data_tools.inspect_shards verify`"
-                ) from error
+        error = failed[0][1]
+        bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
+        failures += 1
+        if failures == BAD_IN_A_ROW:
+            raise UserError(
+                f"{failures} samples in a row cannot be used, the last one: {error}; see "
+                "`python -m data_tools.inspect_shards verify`"
+            )
     raise UserError(f"{data.source}: no clip found that could stand in for {bad[-1].shard}, byte {bad[-1].offset}")
 
 
@@ -143,27 +135,54 @@ class LatentClips:
         """What lies on disk: latents float16 [B, F, L, C], zero beyond the end of a video, and the text features
         float32 [B, N, D], zero beyond the end of a text (N = 0 for models without text).
         """
-        model, stride, data = self.config.model, self.config.data.stride, self.data
+        model = self.config.model
         shape = (len(rows.visits.video), model.num_frames, model.tokens_per_frame, model.in_channels)
         latents = np.zeros(shape, dtype=np.float16)
-        text = np.zeros((shape[0], data.text_tokens if model.context_dim else 0, model.context_dim), dtype=np.float32)
+        tokens = self.data.text_tokens if model.context_dim else 0
+        text = np.zeros((shape[0], tokens, model.context_dim), dtype=np.float32)
         flipped = _flips(self.config, rows.visits.position)
 
-        def fill(row: int, visits: Visits) -> None:
-            video, count = int(visits.video[row]), int(visits.num_frames[row])
-            out = latents[row, :count]
-            data.read_latents_into(out, video, int(visits.first_frame[row]), stride, flipped[row])
-            if ((out.view(np.uint16) & INFINITE) == INFINITE).any():
-                raise ShardError(*data.place_of(video), "latents that are not finite")
-            if model.context_dim:
-                features = data.read_text(video)
-                if not np.isfinite(features).all():
-                    raise ShardError(*data.place_of(video), "text features that are not finite")
-                text[row] = 0
-                text[row, : len(features)] = features
+        def fill(chosen: np.ndarray, visits: Visits) -> list[tuple[int, ShardError]]:
+            if len(chosen) == len(latents):
+                failed = self._fill_latents(latents, visits, flipped)
+            else:
+                parts = Visits(*(column[chosen] for column in visits))
+                part = latents[chosen]
+                failed = [(int(chosen[i]), error) for i, error in self._fill_latents(part, parts, flipped[chosen])]
+                latents[chosen] = part
+            if tokens:
+                lost = {row for row, _ in failed}
+                failed += self._fill_text(text, [row for row in chosen.tolist() if row not in lost], visits)
+            return failed
 
-        visits, bad = read_rows(data, rows, fill)
+        visits, bad = read_rows(self.data, rows, fill)
         return latents, text, visits, bad
+
+    def _fill_latents(self, latents: np.ndarray, visits: Visits, flipped: np.ndarray) -> list[tuple[int, ShardError]]:
+        stride = self.config.data.stride
+        failed = self.data.read_clips(latents, visits.video, visits.first_frame, visits.num_frames, stride, flipped)
+        if ((latents.view(np.uint16) & INFINITE) == INFINITE).any():
+            known = {row for row, _ in failed}
+            for row in np.flatnonzero(~np.isfinite(latents).all(axis=(1, 2, 3))).tolist():
+                if row not in known:
+                    place = self.data.place_of(int(visits.video[row]))
+                    failed.append((row, ShardError(*place, "latents that are not finite")))
+        return failed
+
+    def _fill_text(self, text: np.ndarray, rows: list[int], visits: Visits) -> list[tuple[int, ShardError]]:
+        failed = []
+        for row in rows:
+            video = int(visits.video[row])
+            try:
+                features = self.data.read_text(video)
+                if not np.isfinite(features).all():
+                    raise ShardError(*self.data.place_of(video), "text features that are not finite")
+            except ShardError as error:
+                failed.append((row, error))
+                continue
+            text[row] = 0
+            text[row, : len(features)] = features
+        return failed
 
 
 class FrameClips:
@@ -180,11 +199,19 @@ class FrameClips:
         noise = np.empty((len(positions), self.num_frames, vae.num_tokens, vae.channels), dtype=np.float32)
         flipped, stride = _flips(self.config, positions), self.config.data.stride
 
-        def fill(row: int, visits: Visits) -> None:
+        def one(row: int, visits: Visits) -> tuple[int, ShardError] | None:
             index, first, count = int(visits.video[row]), int(visits.first_frame[row]), int(visits.num_frames[row])
-            video[row, :count] = self.data.read_frames(index, first, count, stride, flipped[row])
+            try:
+                video[row, :count] = self.data.read_frames(index, first, count, stride, bool(flipped[row]))
+            except ShardError as error:
+                return row, error
+            return None
 
-        visits, bad = read_rows(self.data, rows, fill, self._pool)
+        def fill(chosen: np.ndarray, visits: Visits) -> list[tuple[int, ShardError]]:
+            results = self._pool.map(lambda row: one(row, visits), chosen.tolist())
+            return [failure for failure in results if failure is not None]
+
+        visits, bad = read_rows(self.data, rows, fill)
         for i, position in enumerate(positions.tolist()):
             noise[i] = normals(seed, Stream.POSTERIOR, position, noise.shape[1:])
         tensors = {
@@ -195,12 +222,12 @@ class FrameClips:
         return Clips(tensors, bad)
 
 
-def _flips(config: Config, positions: np.ndarray) -> list[bool]:
-    """Which clips are read mirrored."""
+def _flips(config: Config, positions: np.ndarray) -> np.ndarray:
+    """Which clips [B] are read mirrored."""
     share = config.data.flip_probability
     if not share:
-        return [False] * len(positions)
-    return (uniforms(hashed(config.train.seed, Stream.FLIP, positions), 1)[:, 0] < share).tolist()
+        return np.zeros(len(positions), dtype=bool)
+    return uniforms(hashed(config.train.seed, Stream.FLIP, positions), 1)[:, 0] < share
 
 
 def _frame_mask(visits: Visits, num_frames: int) -> Tensor:

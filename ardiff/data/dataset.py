@@ -115,6 +115,61 @@ class ShardSet:
             raise ShardError(self._name(shard), offset, "the checksum of these latents is wrong; copy the shard again")
         out[:] = stretch[first - start :: stride][: len(out)]
 
+    def read_clips(
+        self,
+        out: np.ndarray,
+        videos: np.ndarray,
+        first: np.ndarray,
+        count: np.ndarray,
+        stride: int,
+        flipped: np.ndarray,
+    ) -> list[tuple[int, ShardError]]:
+        """Row i of float16 [B, F, L, C], up to frame count[i], gets a clip of videos[i]; all arrays [B].
+
+        Returns the rows that could not be read, with the reason.
+        """
+        if self.verify or stride > 1 or self._cache is not None:
+            return self._read_one_by_one(out, videos, first, count, stride, flipped)
+        frame_bytes = out[0, 0].nbytes
+        rows = out.data.cast("B")
+        starts = range(0, rows.nbytes, out[0].nbytes)
+        offsets = (self._offset[flipped.astype(np.int64), videos] + first * frame_bytes).tolist()
+        sizes = (count * frame_bytes).tolist()
+        shards = self.shard_of_video[videos].tolist()
+        failed = []
+        with self._lock:  # once for all: this loop is what a clip costs
+            for row, (shard, offset, start, size) in enumerate(zip(shards, offsets, starts, sizes, strict=True)):
+                try:
+                    handle = self._files[shard] if shard in self._files else self._open(shard)
+                    whole = os.preadv(handle, (rows[start : start + size],), offset) == size
+                except OSError:
+                    whole = False
+                if not whole:
+                    failed.append(row)
+        if not failed:
+            return []
+        # again, with patience and the reason
+        return self._read_one_by_one(out, videos, first, count, stride, flipped, np.array(failed))
+
+    def _read_one_by_one(
+        self,
+        out: np.ndarray,
+        videos: np.ndarray,
+        first: np.ndarray,
+        count: np.ndarray,
+        stride: int,
+        flipped: np.ndarray,
+        rows: np.ndarray | None = None,
+    ) -> list[tuple[int, ShardError]]:
+        failed = []
+        for row in range(len(out)) if rows is None else rows.tolist():
+            try:
+                clip = out[row, : count[row]]
+                self.read_latents_into(clip, int(videos[row]), int(first[row]), stride, bool(flipped[row]))
+            except ShardError as error:
+                failed.append((row, error))
+        return failed
+
     def read_text(self, video: int) -> np.ndarray:
         """Text features of a video: float16 [N, D]. Raises ShardError."""
         offset, shard = int(self._offset[TEXT, video]), int(self.shard_of_video[video])
@@ -179,14 +234,15 @@ class ShardSet:
             finally:
                 os.close(file)
         with self._lock:  # previews read beside the prefetch thread
-            handle = self._files.get(shard)
-            if handle is None:
-                handle = self._files[shard] = os.open(self.manifest.folder / self._file(shard), os.O_RDONLY)
-                if len(self._files) > OPEN_FILES:
-                    os.close(self._files.popitem(last=False)[1])
-            else:
-                self._files.move_to_end(shard)
+            handle = self._files[shard] if shard in self._files else self._open(shard)
             return os.preadv(handle, [buffer], offset)
+
+    def _open(self, shard: int) -> int:
+        """Open a shard; the one that was opened first makes room (the order of use is random anyway)."""
+        if len(self._files) >= OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        handle = self._files[shard] = os.open(self.manifest.folder / self._file(shard), os.O_RDONLY)
+        return handle
 
     def _file(self, shard: int) -> str:
         return self.manifest.shards[shard].file

@@ -20,6 +20,7 @@ from ardiff.data.dataset import ShardSet, open_shards
 from ardiff.data.plan import Places, Plan, Visits, places
 from ardiff.data.remote import ShardCache
 from ardiff.data.shards import Manifest, Moments
+from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
 
 UNIT = 1 << 20  # weights are rounded to this fraction, and counts stay exact up to 2^43 samples
@@ -103,10 +104,30 @@ class Mixture:
         number = int(np.searchsorted(self._first_video, video, side="right")) - 1
         return self.sets[number], video - int(self._first_video[number])
 
-    def read_latents_into(self, out: np.ndarray, video: int, first: int, stride: int, flipped: bool) -> None:
-        """See `ShardSet.read_latents_into`."""
-        part, local = self.set_of(video) if len(self.sets) > 1 else (self.sets[0], video)
-        part.read_latents_into(out, local, first, stride, flipped)
+    def read_clips(
+        self,
+        out: np.ndarray,
+        videos: np.ndarray,
+        first: np.ndarray,
+        count: np.ndarray,
+        stride: int,
+        flipped: np.ndarray,
+    ) -> list[tuple[int, ShardError]]:
+        """See `ShardSet.read_clips`."""
+        if len(self.sets) == 1:
+            return self.sets[0].read_clips(out, videos, first, count, stride, flipped)
+        failed = []
+        number = np.searchsorted(self._first_video, videos, side="right") - 1
+        for each, part in enumerate(self.sets):
+            rows = np.flatnonzero(number == each)
+            if not len(rows):
+                continue
+            clips = np.zeros((len(rows), *out.shape[1:]), dtype=out.dtype)
+            local = videos[rows] - self._first_video[each]
+            found = part.read_clips(clips, local, first[rows], count[rows], stride, flipped[rows])
+            out[rows] = clips
+            failed += [(int(rows[row]), error) for row, error in found]
+        return failed
 
     def read_frames(self, video: int, first: int, count: int, stride: int = 1, flipped: bool = False) -> np.ndarray:
         """See `ShardSet.read_frames`."""

@@ -20,6 +20,7 @@ from ardiff.data.plan import Visits
 
 log = logging.getLogger("ardiff")
 PLANNED = 4096  # visits worked out at a time: the arithmetic is quicker for many
+BUNDLED = 64  # samples of a rank that are handed over at a time, at least
 LOOKAHEAD = 64  # global batches ahead of which shards are fetched into the cache
 
 
@@ -60,9 +61,15 @@ class BatchStream:
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self._position = position
         self._planned: tuple[int, list[Visits]] = (position, [])  # where they begin, one per global batch
-        self._ready: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=prefetch)
+        # A handover between threads costs as much as reading several clips, so small batches go in bundles, through
+        # two queues in C (what is ready, and permits to make more) instead of one bounded queue in Python.
+        self._bundle = max(1, min(prefetch, BUNDLED * world_size // global_batch_size))
+        self._ready: queue.SimpleQueue[list[GlobalBatch | BaseException]] = queue.SimpleQueue()
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(max(1, prefetch // self._bundle)):
+            self._permits.put(None)
+        self._at_hand: list[GlobalBatch | BaseException] = []  # of the consumer, the next one last
         self._closed = threading.Event()
-        self._broken: BaseException | None = None
         self._threads = [threading.Thread(target=self._produce, name="batch-stream", daemon=True)]
         if data.is_remote:
             self._threads.append(threading.Thread(target=self._fetch_ahead, name="shard-fetcher", daemon=True))
@@ -73,27 +80,24 @@ class BatchStream:
         return self
 
     def __next__(self) -> GlobalBatch:
-        while not self._closed.is_set():
-            if self._broken is not None:
-                raise self._broken
+        while not self._at_hand:
+            if self._closed.is_set():
+                raise StopIteration
             try:
-                item = self._ready.get(timeout=1.0)
+                self._at_hand = self._ready.get(timeout=1.0)[::-1]
+                self._permits.put(None)
             except queue.Empty:
                 continue
-            if isinstance(item, BaseException):
-                self._broken = item
-                continue
-            return item
-        raise StopIteration
+        item = self._at_hand[-1]
+        if isinstance(item, BaseException):
+            raise item  # and again, should the consumer ask again
+        return self._at_hand.pop()  # type: ignore[return-value]
 
     def close(self) -> None:
         """Stop the threads."""
         self._closed.set()
-        while self._threads[0].is_alive():
-            try:
-                self._ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
+        self._permits.put(None)
+        self._threads[0].join()
 
     def read(self, position: int) -> GlobalBatch:
         """This rank's share of the global batch that begins at `position`."""
@@ -129,20 +133,19 @@ class BatchStream:
         return [Visits(*(column[number] for column in columns)) for number in range(count)]
 
     def _produce(self) -> None:
-        while not self._closed.is_set():
-            try:
-                item: GlobalBatch | BaseException = self.read(self._position)
-            except BaseException as error:  # whatever it is belongs to the consumer
-                item = error
-            self._position += self.global_batch_size
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
+        while True:
+            self._permits.get()
+            if self._closed.is_set():
                 return
+            bundle: list[GlobalBatch | BaseException] = []
+            for _ in range(self._bundle):
+                try:
+                    bundle.append(self.read(self._position))
+                except BaseException as error:  # whatever it is belongs to the consumer
+                    self._ready.put([*bundle, error])
+                    return
+                self._position += self.global_batch_size
+            self._ready.put(bundle)
 
     def _fetch_ahead(self) -> None:
         """Bring the shards of this rank's next batches into the cache before they are read."""
