@@ -190,7 +190,7 @@ class ShardSet:
     def prepare(self, video: int) -> None:
         """Bring the shard of a video into the cache, where there is one."""
         if self._cache is not None:
-            self._cache.path(self.manifest.shards[int(self.shard_of_video[video])], self.source)
+            os.close(self._cache.open(self.manifest.shards[int(self.shard_of_video[video])], self.source))
 
     def place_of(self, video: int) -> tuple[str, int]:
         """Shard file and offset of a video's first data, for messages."""
@@ -227,8 +227,8 @@ class ShardSet:
                 time.sleep(0.1 * 4**attempt)
 
     def _read_once(self, shard: int, offset: int, buffer: memoryview) -> int:
-        if self._cache is not None:  # opened for every read: what is open cannot be evicted
-            file = os.open(self._cache.path(self.manifest.shards[shard], self.source), os.O_RDONLY)
+        if self._cache is not None:  # opened for every read: what is open takes room even when it is evicted
+            file = self._cache.open(self.manifest.shards[shard], self.source)
             try:
                 return os.preadv(file, [buffer], offset)
             finally:

@@ -29,7 +29,7 @@ PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 ATTEMPTS = 4
 PAUSE = 1.0  # seconds before the second attempt; doubled each time
 CONNECTIONS = 16  # for the many small index files
-TOUCH_EVERY = 30.0  # seconds between notes of a shard's last use
+NOTE_EVERY = 30.0  # seconds between notes of a shard's last use
 
 
 def is_remote(source: str) -> bool:
@@ -50,7 +50,7 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: cannot be made ({error.strerror})") from error
         remove_leftovers(folder)
-        self._touched: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
         self._hopeless: dict[str, str] = {}  # shards that could not be had, and why
 
     def manifest(self, url: str) -> Manifest:
@@ -76,15 +76,16 @@ class ShardCache:
                     raise UserError(f"{url}: an index cannot be fetched ({error})") from error
         return manifest
 
-    def path(self, shard: ShardEntry, url: str) -> Path:
-        """The local copy of a shard of the data set at `url`, fetched if need be.
+    def open(self, shard: ShardEntry, url: str) -> int:
+        """A file descriptor, to be closed by the caller, of a shard of the data set at `url`, fetched if need be.
 
         Raises ShardError when it cannot be had or is not what the manifest says, UserError when it is larger than the
-        cache. The copy may be evicted at any time after: open it at once, and call again if it has gone.
+        cache. The shard may be evicted while it is open: it can be read, but takes room until it is closed.
         """
         target = self.folder / f"{shard.sha256}.tar"
-        if self._used(target, shard):
-            return target
+        handle = self._open(target, shard)
+        if handle is not None:
+            return handle
         if shard.sha256 in self._hopeless:
             raise ShardError(f"{url}/{shard.file}", 0, self._hopeless[shard.sha256])
         if shard.bytes > self.limit:
@@ -92,52 +93,60 @@ class ShardCache:
                 f"data.cache_gb = {self.limit / 1e9:g}, but {url}/{shard.file} alone has {shard.bytes / 1e9:g} GB"
             )
         with self._locked(shard.sha256):
-            if not self._used(target, shard):  # another process may have fetched it meanwhile
+            handle = self._open(target, shard)  # another process may have fetched it meanwhile
+            if handle is None:
                 with self._room(shard):
-                    self._fetch(shard, url, target)
-        return target
+                    handle = self._fetch(shard, url, target)
+        return handle
 
-    def _used(self, target: Path, shard: ShardEntry) -> bool:
-        """Whether a copy is there; if so its last use is noted now and then."""
-        now = time.monotonic()
-        if now - self._touched.get(shard.sha256, -TOUCH_EVERY) < TOUCH_EVERY:
-            return target.exists()
+    def _open(self, target: Path, shard: ShardEntry) -> int | None:
+        """Open the copy that is there, if there is one; its last use is noted now and then."""
         try:
-            if target.stat().st_size != shard.bytes:
-                return False
-            os.utime(target)
+            handle = os.open(target, os.O_RDONLY)
         except FileNotFoundError:
-            return False
-        self._touched[shard.sha256] = now
-        return True
+            return None
+        if os.fstat(handle).st_size != shard.bytes:
+            os.close(handle)
+            return None
+        now = time.monotonic()
+        if now - self._noted.get(shard.sha256, -NOTE_EVERY) >= NOTE_EVERY:
+            os.utime(handle)
+            self._noted[shard.sha256] = now
+        return handle
 
-    def _fetch(self, shard: ShardEntry, url: str, target: Path) -> None:
+    def _fetch(self, shard: ShardEntry, url: str, target: Path) -> int:
+        """Fetch a shard, a second time if the first copy is damaged, and return it open."""
         for attempt in range(2):
             try:
-                self._download(f"{url.rstrip('/')}/{shard.file}", target, shard)
-                return
+                handle = self._download(f"{url.rstrip('/')}/{shard.file}", target, shard)
+                assert handle is not None
+                return handle
             except _UnavailableError as error:
                 reason = f"cannot be fetched ({error})"
+                break
             except _DamagedError as error:
                 reason = f"fetched twice, and not what the manifest says: {error}"
                 if attempt == 0:
                     log.warning("%s/%s: %s; fetching it again", url, shard.file, error)
-                    continue
-            self._hopeless[shard.sha256] = reason
-            raise ShardError(f"{url}/{shard.file}", 0, reason)
+        self._hopeless[shard.sha256] = reason
+        raise ShardError(f"{url}/{shard.file}", 0, reason)
 
-    def _download(self, url: str, target: Path, shard: ShardEntry | None = None) -> None:
-        """Fetch one file, atomically; a shard is compared with its entry before it gets its name."""
+    def _download(self, url: str, target: Path, shard: ShardEntry | None = None) -> int | None:
+        """Fetch one file, atomically. A shard is compared with its entry before it gets its name, and returned open:
+        under that name it may be evicted at once.
+        """
         import fsspec
 
         for attempt in range(ATTEMPTS):
+            handle = None
             try:
                 with replacing(target) as temporary:
                     system, path = fsspec.core.url_to_fs(url)
                     system.get_file(path, str(temporary))
                     if shard is not None:
                         _compare(temporary, shard)
-                return
+                        handle = os.open(temporary, os.O_RDONLY)
+                return handle
             except ImportError as error:
                 raise UserError(f"{url}: needs a package that is not installed ({error})") from error
             except FileNotFoundError as error:
@@ -145,20 +154,30 @@ class ShardCache:
             except _DamagedError:
                 raise
             except Exception as error:  # every store has exceptions of its own
-                if (
-                    isinstance(error, OSError)
-                    and error.errno is not None
-                    and Path(error.filename or "/").is_relative_to(self.folder)
-                ):
+                if isinstance(error, OSError) and error.errno is not None and _is_below(error.filename, self.folder):
                     raise  # the disk of the cache, not the network
                 if attempt == ATTEMPTS - 1:
                     raise _UnavailableError(" ".join(f"{type(error).__name__}: {error}".split())) from error
                 time.sleep(PAUSE * 2**attempt)
+        raise AssertionError("unreachable")
 
     @contextmanager
     def _room(self, shard: ShardEntry) -> Iterator[None]:
-        """Reserve space for a shard, evicting others; the reservation is a sparse file that other processes count."""
+        """Reserve space for a shard, evicting others; the reservation is a sparse file that other processes count.
+
+        Where fetches in progress need all the room, one of them has to end first.
+        """
         reservation = self.folder / f".{shard.sha256}.room.tmp.{platform.node()}.{os.getpid()}"
+        while not self._reserve(shard, reservation):
+            time.sleep(0.02)
+            remove_leftovers(self.folder)  # of a process that died meanwhile
+        try:
+            yield
+        finally:
+            with self._locked("room"):  # or who counts just now might see neither the reservation nor the shard
+                reservation.unlink(missing_ok=True)
+
+    def _reserve(self, shard: ShardEntry, reservation: Path) -> bool:
         with self._locked("room"):
             files = list(self._counted())
             used = sum(stat.st_size for _, stat in files)
@@ -168,12 +187,11 @@ class ShardCache:
                 if path.suffix == ".tar":
                     used -= stat.st_size
                     path.unlink(missing_ok=True)
+            if used + shard.bytes > self.limit:
+                return False
             reservation.touch()
             os.truncate(reservation, shard.bytes)
-        try:
-            yield
-        finally:
-            reservation.unlink(missing_ok=True)
+            return True
 
     def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Shards and reservations; what another process removes meanwhile is passed over."""
@@ -199,6 +217,10 @@ class _UnavailableError(Exception):
 
 class _DamagedError(Exception):
     """A file was fetched, but is not what it should be."""
+
+
+def _is_below(path: object, folder: Path) -> bool:
+    return isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder)
 
 
 def _compare(path: Path, shard: ShardEntry) -> None:

@@ -7,7 +7,7 @@ from data_helpers import chi_square, write_latents
 
 from ardiff.data import plan as plan_module
 from ardiff.data.dataset import open_shards
-from ardiff.data.plan import ROUNDS, Plan
+from ardiff.data.plan import ROUNDS, Plan, places
 from ardiff.data.shards import read_manifest
 from ardiff.errors import UserError
 from ardiff.randomness import Stream, hashed
@@ -196,5 +196,91 @@ def test_one_video_alone_is_visited_again_and_again(tmp_path):
 
 
 def test_an_unknown_order_is_refused(shards):
-    with pytest.raises(UserError, match="lanes"):
-        Plan(shards, 0, order="lanes")
+    with pytest.raises(UserError, match="'global' or 'lanes'"):
+        Plan(shards, 0, order="sorted")
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lanes")
+    write_latents(folder, [(FRAMES,) * 13] * 24, tokens=1, channels=1)  # 312 visits
+    return open_shards(folder, "latents")
+
+
+def lanes_plan(shards, seed=0, lanes=8, window=7):
+    return Plan(shards, seed, "lanes", FRAMES, 1, lanes, window)
+
+
+def test_lanes_visit_nothing_twice_and_drop_another_tail_each_epoch(many_shards):
+    plan = lanes_plan(many_shards, lanes=16)
+    assert (plan.visits_per_lane, plan.visits_per_epoch) == (19, 304)  # 8 visits of 312 are left over
+    dropped = []
+    for epoch in range(4):
+        videos = plan.visits(epoch * 304, 304).video
+        assert len(set(videos.tolist())) == 304
+        dropped.append(frozenset(range(312)) - frozenset(videos.tolist()))
+    assert len(set(dropped)) == 4
+
+
+def test_a_rank_reads_the_shards_of_its_own_lanes_one_after_the_other(many_shards):
+    plan = lanes_plan(many_shards)
+    size, world = 16, 4
+    shares = [set() for _ in range(world)]
+    in_one_batch = []
+    for position in range(0, plan.visits_per_epoch - size, size):
+        shards = many_shards.shard_of_video[plan.visits(position, size).video]
+        in_one_batch.append(len(set(shards.tolist())))
+        for rank in range(world):
+            shares[rank] |= set(shards[rank * size // world : (rank + 1) * size // world].tolist())
+    # 24 shards on 4 ranks: 6 each, and those cut by a border between lanes twice
+    assert all(len(share) <= 8 for share in shares), [len(share) for share in shares]
+    assert min(in_one_batch) >= 8  # every lane is elsewhere in the data
+    # and what lies in one shard is not read in the order in which it lies there
+    first_lane = [int(plan.visits(position, 8).video[0]) for position in range(0, 8 * plan.visits_per_lane, 8)]
+    assert sum(b == a + 1 for a, b in itertools.pairwise(first_lane)) < len(first_lane) / 3
+
+
+def test_positions_in_lanes_do_not_depend_on_the_batch_size(many_shards):
+    plan = lanes_plan(many_shards)
+    reference = {}
+    for position in range(0, 800, 8):
+        for visit in plan.batch(position, 8):
+            reference[visit.position] = visit
+    assert sorted(reference) == list(range(800))
+    for size in (16, 32, 200):
+        for position in range(0, 800, size):
+            batch = plan.batch(position, size)
+            assert all(reference[visit.position] == visit for visit in batch)
+            assert [visit.position % 8 for visit in batch] == sorted(visit.position % 8 for visit in batch)
+
+
+def test_lanes_change_with_seed_and_epoch_and_are_pure(many_shards):
+    orders = {
+        lanes_plan(many_shards, seed).visits(epoch * 312, 312).video.tobytes()
+        for seed in (0, 1)
+        for epoch in (3, 0, 2, 1)
+    }
+    assert len(orders) == 8
+    begin = time.perf_counter()
+    far = lanes_plan(many_shards).visits(10**11 - 10**11 % 8, 64)
+    assert time.perf_counter() - begin < 0.5
+    assert len(far.video) == 64
+
+
+def test_too_few_clips_for_the_lanes_are_refused(shards):
+    with pytest.raises(UserError, match=r"cannot fill data.lanes = 1000"):
+        lanes_plan(shards, lanes=1000)
+
+
+@pytest.mark.parametrize("order", ["global", "lanes"])
+def test_substitutes_are_pure_and_different(many_shards, order):
+    plan = Plan(many_shards, 3, order, FRAMES, 1, 8, 7)
+    where = places(16, 16, plan.lanes)
+    found = [plan.substitute(where, attempt) for attempt in range(20)]
+    assert len({visits.video.tobytes() for visits in found}) == 20
+    again = plan.substitute(where, 7)
+    assert all(np.array_equal(one, other) for one, other in zip(again, found[7], strict=True))
+    assert np.array_equal(again.position, where.position)
+    # one place alone gets what it gets among others
+    alone = plan.substitute(type(where)(*(column[5:6] for column in where)), 7)
+    assert alone.video[0] == again.video[5]

@@ -1,0 +1,259 @@
+import numpy as np
+import pytest
+import torch
+from data_helpers import all_latents, decoded, picture, write_frames, write_latents
+
+from ardiff.config import load
+from ardiff.data import dataset
+from ardiff.data.clips import FrameClips, LatentClips, Rows
+from ardiff.data.dataset import open_shards
+from ardiff.data.latent_space import LatentSpace
+from ardiff.data.mixture import Mixture, open_data
+from ardiff.data.plan import Plan
+from ardiff.data.shards import Moments, Sample, encode_array, parse_index, write_manifest, write_shard
+from ardiff.data.stream import BatchStream
+from ardiff.errors import UserError
+from ardiff.randomness import Stream, hashed, uniforms
+
+FRAMES, TOKENS, CHANNELS = 4, 2, 4
+LENGTHS = ((8,) * 12, (8, 2, 8, 3, 8, 8, 8, 8))
+SHARD = "latents-000001.tar"
+
+
+def settings(*overrides):
+    model = (f"model.num_frames={FRAMES}", f"model.tokens_per_frame={TOKENS}", "data.normalize=none")
+    return load("tiny", [*model, "train.seed=5", *overrides])
+
+
+def opened(folder, *overrides):
+    config = settings(f"data.shards={folder}", *overrides)
+    data = open_data(config, "latents", FRAMES)
+    return data, LatentClips(data, LatentSpace.of(data.manifest, config.data.normalize), config)
+
+
+def rows_of(data, position=0, size=200):
+    return Rows(data.visits(position, size), position, size, 0)
+
+
+def overwrite(folder, video, value, shard=1):
+    """Write bytes over the latents of a video of a shard."""
+    rows = parse_index((folder / f"latents-{shard:06d}.index.npy").read_bytes())
+    with (folder / f"latents-{shard:06d}.tar").open("r+b") as stream:
+        stream.seek(int(rows["offset"][video]))
+        stream.write(value)
+    return int(rows["offset"][video])
+
+
+NAN = np.full((8, TOKENS, CHANNELS), np.nan, np.float16).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_latents(tmp_path, LENGTHS)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "reason"),
+    [
+        (NAN, [], "not finite"),
+        (NAN, ["data.stride=2"], "not finite"),
+        (b"\x00\x01", ["data.verify=true"], "checksum"),
+        (b"\x00\x01", ["data.verify=true", "data.stride=2"], "checksum"),
+    ],
+)
+def test_a_bad_sample_is_replaced_and_named(folder, damage, options, reason):
+    data, clips = opened(folder, *options)
+    whole = clips(rows_of(data)).tensors
+    offset = overwrite(folder, 4, damage)
+    result = clips(rows_of(data))
+    visits = rows_of(data).visits
+    hit = np.flatnonzero(visits.video == 12 + 4)
+    assert len(hit) > 5
+    assert [bad.position for bad in result.bad if bad.position in visits.position[hit]] == [
+        bad.position for bad in result.bad
+    ]
+    assert {(bad.shard, bad.offset) for bad in result.bad} == {(f"{folder}/{SHARD}", offset)}
+    assert all(reason in bad.reason for bad in result.bad)
+    assert {bad.position for bad in result.bad} == set(visits.position[hit].tolist())
+    others = np.setdiff1d(np.arange(200), hit)
+    # nothing else changes: neither other rows nor, in the replaced ones, what ranks count on
+    for name in ("noise", "timesteps", "mask"):
+        assert torch.equal(result.tensors[name], whole[name])
+    assert torch.equal(result.tensors["latents"][others], whole["latents"][others])
+    stride = clips.config.data.stride
+    every = [video[first : first + 3 * stride + 1 : stride] for video in all_latents(LENGTHS) for first in range(8)]
+    known = {clip.astype(np.float32).tobytes() for clip in every if len(clip) == FRAMES}
+    for row in hit:
+        assert result.tensors["latents"][row].numpy().tobytes() in known
+
+
+def test_substitutes_do_not_depend_on_ranks_or_micro_batches(folder):
+    overwrite(folder, 4, NAN)
+    overwrite(folder, 0, NAN, shard=0)
+    data, clips = opened(folder)
+
+    def batches(rank, world, micro):
+        options = {"global_batch_size": 32, "micro_batch_size": micro, "rank": rank, "world_size": world}
+        stream = BatchStream(data, clips, **options)
+        found = [next(stream) for _ in range(4)]
+        stream.close()
+        return found
+
+    whole = batches(0, 1, 32)
+    assert sum(len(batch.bad) for batch in whole) > 3
+    for world, micro in ((1, 4), (2, 8), (4, 2)):
+        ranks = [batches(rank, world, micro) for rank in range(world)]
+        for number in range(4):
+            pieces = [piece for rank in ranks for piece in rank[number].micro_batches]
+            for name, expected in whole[number].micro_batches[0].items():
+                assert torch.equal(torch.cat([piece[name] for piece in pieces]), expected)
+            assert sorted(bad for rank in ranks for bad in rank[number].bad) == sorted(whole[number].bad)
+
+
+def test_a_short_clip_is_replaced_by_one_that_is_long_enough(folder):
+    overwrite(folder, 1, NAN[: 2 * 2 * TOKENS * CHANNELS])
+    data, clips = opened(folder)
+    rows = rows_of(data)
+    hit = np.flatnonzero(rows.visits.video == 13)
+    assert len(hit) and (rows.visits.num_frames[hit] == 2).all()
+    result = clips(rows).tensors
+    assert torch.equal(result["mask"][hit].sum(1), torch.full((len(hit),), 2))
+    latents = result["latents"][hit]
+    assert torch.isfinite(latents).all()
+    assert latents[:, :2].abs().sum(dim=(1, 2, 3)).all()
+    assert not latents[:, 2:].any()
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_no_crash(folder, monkeypatch):
+    monkeypatch.setattr(dataset.time, "sleep", lambda seconds: None)
+    data, clips = opened(folder)
+    clips(rows_of(data))  # it is open now
+    with (folder / SHARD).open("r+b") as stream:
+        stream.truncate(2000)
+    result = clips(rows_of(data))
+    assert all("ends before" in bad.reason for bad in result.bad)
+    visits = rows_of(data).visits
+    lost = data.sets[0]._offset[0] + 8 * 2 * TOKENS * CHANNELS > 2000
+    lost &= data.sets[0].shard_of_video == 1
+    assert {bad.position for bad in result.bad} >= set(
+        visits.position[lost[visits.video] & (visits.video > 13)].tolist()
+    )
+
+
+def test_a_failing_disk_is_asked_again_and_then_named(folder, monkeypatch):
+    data, clips = opened(folder)
+    expected = clips(rows_of(data)).tensors["latents"]
+    real, calls, pauses = dataset.os.preadv, [], []
+
+    def flaky(handle, buffers, offset):
+        calls.append(offset)
+        if len(calls) % 3 == 1:
+            raise OSError(5, "Input/output error")
+        return real(handle, buffers, offset)
+
+    monkeypatch.setattr(dataset.os, "preadv", flaky)
+    monkeypatch.setattr(dataset.time, "sleep", pauses.append)
+    result = clips(rows_of(data))
+    assert not result.bad
+    assert torch.equal(result.tensors["latents"], expected)
+    monkeypatch.setattr(dataset.os, "preadv", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(UserError, match=r"20 samples in a row cannot be used, the last one: .*latents-.*Input/output"):
+        clips(rows_of(data, size=4))
+
+
+def test_nothing_but_bad_samples_ends_the_run(folder):
+    for shard, lengths in enumerate(LENGTHS):
+        for video in range(len(lengths)):
+            overwrite(folder, video, NAN[: 2 * lengths[video] * TOKENS * CHANNELS], shard)
+    data, clips = opened(folder)
+    with pytest.raises(UserError, match="20 samples in a row cannot be used"):
+        clips(rows_of(data))
+
+
+def write_rich(folder, dim=3):
+    """Latents with mirrored ones and texts of different lengths."""
+    entries, moments = [], Moments(CHANNELS)
+    for number in range(2):
+        samples = []
+        for video in range(number * 5, number * 5 + 5):
+            latents = np.random.default_rng(video).normal(size=(8, TOKENS, CHANNELS)).astype(np.float16)
+            text = np.full((1 + video % 3, dim), video + 1, np.float16)
+            members = {"latents.npy": latents, "flipped.npy": -latents, "text.npy": text}
+            arrays = {name: encode_array(array) for name, array in members.items()}
+            samples.append(Sample(f"{video:06d}", {"class": None}, arrays))
+            moments.add(latents)
+        entries.append(write_shard(folder, f"latents-{number:06d}", samples, moments))
+    details = {"tokens": TOKENS, "channels": CHANNELS, "mean": [0.0] * 4, "std": [1.0] * 4}
+    details |= {"arvae": {"id": "0", "path": "x"}, "text_tokens": 3, "text_dim": dim}
+    write_manifest(folder, "latents", entries, [], details)
+
+
+@pytest.mark.parametrize("options", [[], ["data.stride=2"], ["data.verify=true"]])
+def test_mirrored_clips_come_as_often_as_asked_and_by_position(tmp_path, options):
+    write_rich(tmp_path)
+    plain_data, plain = opened(tmp_path, *options)
+    rows = rows_of(plain_data, size=400)
+    original = plain(rows).tensors["latents"]
+    assert torch.equal(opened(tmp_path, "data.flip_probability=1", *options)[1](rows).tensors["latents"], -original)
+    mixed = opened(tmp_path, "data.flip_probability=0.3", *options)[1](rows).tensors["latents"]
+    expected = uniforms(hashed(5, Stream.FLIP, rows.visits.position), 1)[:, 0] < 0.3
+    assert 80 < expected.sum() < 160
+    assert torch.equal(mixed[expected], -original[expected])
+    assert torch.equal(mixed[~expected], original[~expected])
+
+
+@pytest.mark.parametrize("verify", ["true", "false"])
+def test_text_features_are_padded_and_dropped(tmp_path, verify):
+    write_rich(tmp_path)
+    data, clips = opened(tmp_path, "model.context_dim=3", "train.label_dropout=0.4", f"data.verify={verify}")
+    rows = rows_of(data, size=300)
+    context = clips(rows).tensors["context"]
+    assert context.shape == (300, 3, 3)
+    assert context.dtype == torch.float32
+    dropped = 0
+    for row, video in enumerate(rows.visits.video.tolist()):
+        expected = np.zeros((3, 3), np.float32)
+        expected[: 1 + video % 3] = video + 1
+        if not context[row].any():
+            dropped += 1
+        else:
+            assert np.array_equal(context[row].numpy(), expected)
+    assert 80 < dropped < 160
+
+
+def test_text_that_is_not_finite_is_a_bad_sample(tmp_path):
+    write_rich(tmp_path)
+    rows = parse_index((tmp_path / "latents-000000.index.npy").read_bytes())
+    place = rows[(rows["member"] == 2) & (rows["sample"] == 2)][0]
+    with (tmp_path / "latents-000000.tar").open("r+b") as stream:
+        stream.seek(int(place["offset"]))
+        stream.write(b"\x00\x7c")
+    data, clips = opened(tmp_path, "model.context_dim=3", "train.label_dropout=0")
+    result = clips(rows_of(data))
+    assert {bad.reason for bad in result.bad} == {"text features that are not finite"}
+    assert torch.isfinite(result.tensors["context"]).all()
+    assert 3.0 not in result.tensors["context"]
+
+
+def test_pictures_are_mirrored_checked_and_replaced(tmp_path):
+    size, lengths = 16, ((3, 1), (6,))
+    write_frames(tmp_path, lengths, size)
+    config = settings("vae.image_size=16", "vae.patch_size=8", "vae.num_tokens=2", "data.flip_probability=0.5")
+    shards = open_shards(tmp_path, "frames")
+    data = Mixture([Plan(shards, 5, num_frames=1)], [1.0])
+    clips, rows = FrameClips(data, config, 1), rows_of(data, size=40)
+    flipped = uniforms(hashed(5, Stream.FLIP, rows.visits.position), 1)[:, 0] < 0.5
+    video = clips(rows).tensors["video"]
+    for row, (index, first, _, _) in enumerate(zip(*rows.visits, strict=True)):
+        expected = decoded(picture(index, first, size))[:, :: -1 if flipped[row] else 1]
+        np.testing.assert_allclose(video[row, 0].permute(1, 2, 0).numpy(), expected / 255, atol=1e-6)
+    table = parse_index((tmp_path / "frames-000001.index.npy").read_bytes())
+    with (tmp_path / "frames-000001.tar").open("r+b") as stream:
+        stream.seek(int(table["offset"][2]) + 300)
+        stream.write(b"\xff\x00\xff")
+    result = clips(rows)
+    hit = (rows.visits.video == 2) & (rows.visits.first_frame == 2)
+    assert {bad.position for bad in result.bad} == set(rows.visits.position[hit].tolist())
+    assert all("checksum of this picture" in bad.reason for bad in result.bad)
+    assert torch.equal(result.tensors["video"][~torch.from_numpy(hit)], video[~torch.from_numpy(hit)])
