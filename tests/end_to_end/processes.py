@@ -15,7 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 # The fields of metrics.jsonl that are a function of the step alone.
-EXACT = ("step", "samples", "loss", "grad_norm", "lr", "skipped_steps", "loss_by_decile", "loss_by_frame")
+EXACT = (
+    "step",
+    "samples",
+    "loss",
+    "grad_norm",
+    "lr",
+    "skipped_steps",
+    "bad_samples",
+    "loss_by_decile",
+    "loss_by_frame",
+)
 
 # A DiT for latents of 2 x 4 numbers: a step takes milliseconds, so start-up dominates.
 SMALL = [
