@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from ardiff.data.shards import Manifest, Moments
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
 
+log = logging.getLogger("ardiff")
 UNIT = 1 << 20  # weights are rounded to this fraction, and counts stay exact up to 2^43 samples
 
 
@@ -236,6 +238,14 @@ def open_data(config: Config, kind: str, num_frames: int) -> Mixture:
                 found = "no text features" if width is None else f"text features of width {width}"
                 raise UserError(f"model.context_dim = {config.model.context_dim}, but {source.shards} has {found}")
         plans.append(Plan(shards, config.train.seed, data.order, num_frames, data.stride, data.lanes, data.lane_window))
+    needed = sum(shard.bytes for plan in plans if plan.shards.is_remote for shard in plan.shards.manifest.shards)
+    if cache is not None and data.order == "global" and needed > cache.limit:
+        log.warning(
+            "%.1f GB of remote shards do not fit data.cache_gb = %g: with data.order = global nearly every clip "
+            "fetches a shard; use data.order = lanes or a larger cache",
+            needed / 1e9,
+            data.cache_gb,
+        )
     return Mixture(plans, [source.weight for source in sources])
 
 

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -234,6 +236,23 @@ def test_text_that_is_not_finite_is_a_bad_sample(tmp_path):
     assert {bad.reason for bad in result.bad} == {"text features that are not finite"}
     assert torch.isfinite(result.tensors["context"]).all()
     assert 3.0 not in result.tensors["context"]
+
+
+def test_nothing_is_unpickled_between_disk_and_batch(tmp_path, monkeypatch):
+    write_rich(tmp_path / "latents")
+    write_frames(tmp_path / "frames", ((3, 1), (6,)), 16)
+
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    for name in ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    data, clips = opened(tmp_path / "latents", "model.context_dim=3", "data.verify=true", "data.flip_probability=0.5")
+    assert not clips(rows_of(data)).bad
+    config = settings(f"data.shards={tmp_path / 'frames'}", "vae.image_size=16", "vae.patch_size=8")
+    frames = open_data(config, "frames", 1)
+    assert not FrameClips(frames, config, 1)(rows_of(frames, size=20)).bad
 
 
 def test_pictures_are_mirrored_checked_and_replaced(tmp_path):

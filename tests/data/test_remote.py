@@ -236,6 +236,20 @@ def test_shards_are_fetched_before_they_are_needed(server, tmp_path):
     assert prepared == expected[: len(prepared)].tolist()  # the second rank's own, in order
 
 
+def test_a_cache_too_small_for_a_global_shuffle_is_told(server, folder, tmp_path, caplog, monkeypatch):
+    def warnings(*options):
+        caplog.clear()
+        config = load("tiny", [f"data.shards={server.url}", f"data.cache_dir={tmp_path}", *options])
+        open_data(config, "latents", 4)
+        return caplog.text
+
+    needed = sum(shard.bytes for shard in open_shards(folder, "latents").manifest.shards)
+    assert not warnings("data.cache_gb=0.001")
+    monkeypatch.setattr("ardiff.data.mixture.ShardCache", lambda place, _: ShardCache(place, needed - 1))
+    assert "do not fit data.cache_gb" in warnings()
+    assert not warnings("data.order=lanes", "data.lanes=4")
+
+
 def test_what_is_not_there_is_named(server, tmp_path):
     cache = ShardCache(tmp_path, GB)
     with pytest.raises(UserError, match=r"/nowhere/manifest.json: cannot be fetched \(not found\)"):
