@@ -1,8 +1,11 @@
-"""Video files: strict decoding to RGB frames, resizing, and writing mp4, GIF and contact sheets.
+"""Videos: strict decoding to RGB frames, resizing, and writing mp4, GIF and contact sheets.
 
 Decoding is strict because FFmpeg by default conceals damage: a broken file gives plausible, wrong frames and
 no error. Here the decoder stops at the first picture that it finds damaged or had to conceal, and the frames are
 counted against the header. H.264 has no checksums, so damage that happens to be valid syntax stays unseen.
+
+A folder of pictures (PNG or JPEG, in the natural order of their names) is a video as well, for every function here
+that takes the path of one.
 
     for frame in decode(Path("clip.mp4"), first_frame=10, num_frames=32, stride=2):  # uint8 [H, W, 3]
         small = resize_and_crop(frame, 256)
@@ -10,22 +13,30 @@ counted against the header. H.264 has no checksums, so damage that happens to be
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import av
 import numpy as np
-from PIL import Image
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
 
 from ardiff.errors import UserError
-from ardiff.files import replacing
+from ardiff.files import replacing, sha256
 
 EXTENSIONS = frozenset((".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"))
+PICTURES = frozenset((".png", ".jpg", ".jpeg"))
+FOLDER_FPS = 25  # of a folder of pictures, which does not say
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that poses as a video must not reach the network
 SMPTE170M = 6  # ITU-T H.273 matrix coefficients: what swscale uses for RGB to YUV unless told otherwise
 END_TOLERANCE = Fraction(1, 10)  # seconds; or 3 frames, whichever is longer
@@ -50,28 +61,44 @@ class VideoInfo:
     num_frames: int  # declared by the container (0: it does not say) or, from `check`, decoded
 
 
-def probe(path: Path) -> VideoInfo:
-    """Read the headers and the first frame only. Raises VideoError when there is no readable video stream."""
-    with _open(path) as (container, stream):
-        info = _describe(path, stream)
-        first = next(_strict_frames(path, container, stream, info))
-        width, height = _displayed_size(first)
+class Frame(Protocol):
+    """One frame as the decoder gives it, converted only when asked."""
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as displayed."""
+
+    def rgb(self) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+
+    def thumbnail(self, side: int) -> np.ndarray:
+        """uint8 RGB [H, W, 3], scaled down so that neither side is longer than `side`."""
+
+
+def probe(path: Path, fps: Fraction | float = FOLDER_FPS) -> VideoInfo:
+    """Read the headers and the first frame only. Raises VideoError when there is no readable video stream.
+
+    `fps` is the frame rate of a folder of pictures; files say it themselves.
+    """
+    with _open(path, fps) as (info, frames):
+        width, height = next(frames).size()
     return VideoInfo(info.codec, width, height, info.fps, info.num_frames)
 
 
-def check(path: Path) -> VideoInfo:
+def check(path: Path, fps: Fraction | float = FOLDER_FPS, visit: Callable[[Frame], object] | None = None) -> VideoInfo:
     """Decode the whole video strictly, without converting it; `num_frames` is the number of decoded frames.
 
-    Raises VideoError when anything is damaged, missing or changes its size midway.
+    `visit` is called with every frame in order. Raises VideoError when anything is damaged, missing or changes its
+    size midway; `fps` as in `probe`.
     """
-    with _open(path) as (container, stream):
-        info = _describe(path, stream)
-        count, width, height = 0, info.width, info.height
-        for frame in _strict_frames(path, container, stream, info):
-            if count == 0:
-                width, height = _displayed_size(frame)
+    with _open(path, fps) as (info, frames):
+        count, first_size = 0, (info.width, info.height)
+        for frame in frames:
+            size = frame.size()
+            first_size = first_size if count else size
+            if visit is not None:
+                visit(frame)
             count += 1
-    return VideoInfo(info.codec, width, height, info.fps, count)
+    return VideoInfo(info.codec, *first_size, info.fps, count)
 
 
 def decode(path: Path, first_frame: int = 0, num_frames: int | None = None, stride: int = 1) -> Iterator[np.ndarray]:
@@ -88,17 +115,36 @@ def decode(path: Path, first_frame: int = 0, num_frames: int | None = None, stri
             "the number and the stride must be at least 1, the first at least 0"
         )
     end = None if num_frames is None else first_frame + num_frames
-    position = 0
-    with _open(path) as (container, stream):
-        for frame in _strict_frames(path, container, stream, _describe(path, stream)):
-            if position >= first_frame and (position - first_frame) % stride == 0:
-                yield _to_rgb(frame)
-            position += 1
-            if position == end:
-                return
-    if position <= first_frame or end is not None:
-        wanted = first_frame if end is None else end - 1
-        raise VideoError(path, f"has {position} frames, so there is no frame {wanted}")
+    wanted = itertools.count(first_frame, stride) if end is None else range(first_frame, end, stride)
+    for _, frame in _take(path, wanted, end):
+        yield frame
+
+
+def frames_at(path: Path, positions: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Iterate over (position, uint8 RGB [H, W, 3]) of the source frames at `positions`: sorted, distinct, from 0.
+
+    One strict pass over the video serves them all and stops after the last one. Raises VideoError as `decode` does.
+    """
+    if any(first >= second for first, second in itertools.pairwise(positions)) or any(at < 0 for at in positions[:1]):
+        raise ValueError("positions of frames must be sorted, distinct and at least 0")
+    if len(positions):
+        yield from _take(path, positions, positions[-1] + 1)
+
+
+def fingerprint(path: Path) -> str:
+    """Hex sha256 that changes with the content: of a file's bytes, or of the names and bytes of a folder's pictures.
+
+    Raises OSError when something cannot be read or a folder holds no pictures.
+    """
+    if not path.is_dir():
+        return sha256(path)
+    pictures = _pictures(path)
+    if not pictures:
+        raise FileNotFoundError(errno.ENOENT, "a folder without pictures", str(path))
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.name.encode("utf-8", "surrogateescape") + b"\0" + bytes.fromhex(sha256(picture)))
+    return digest.hexdigest()
 
 
 def resize_and_crop(frame: np.ndarray, size: int) -> np.ndarray:
@@ -181,8 +227,37 @@ def _as_frames(frames: np.ndarray) -> np.ndarray:
     return frames
 
 
+def _take(path: Path, wanted: Iterable[int], end: int | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the frames at the ascending positions `wanted`; stops after frame end - 1, which must exist."""
+    ahead = iter(wanted)
+    first = following = next(ahead)
+    position = 0
+    with _open(path) as (_, frames):
+        for frame in frames:
+            if position == following:
+                yield position, frame.rgb()
+                following = next(ahead, -1)
+            position += 1
+            if position == end:
+                return
+    if position <= first or end is not None:
+        missing = first if end is None else end - 1
+        raise VideoError(path, f"has {position} frames, so there is no frame {missing}")
+
+
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _open(path: Path, fps: Fraction | float = FOLDER_FPS) -> Iterator[tuple[VideoInfo, Iterator[Frame]]]:
+    """What a file or a folder of pictures declares, and its frames in display order; `fps` is that of a folder."""
+    if path.is_dir():
+        yield _open_folder(path, Fraction(fps).limit_denominator(1001))
+        return
+    with _open_file(path) as (container, stream):
+        info = _describe(path, stream)
+        yield info, _strict_frames(path, container, stream, info)
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Open a video with a decoder that stops at damage; errors of FFmpeg become VideoError."""
     try:
         with av.open(f"file:{path}", options=LOCAL) as container:
@@ -209,8 +284,9 @@ def _describe(path: Path, stream: av.VideoStream) -> VideoInfo:
 
 def _strict_frames(
     path: Path, container: av.container.InputContainer, stream: av.VideoStream, info: VideoInfo
-) -> Iterator[av.VideoFrame]:
+) -> Iterator[Frame]:
     """All frames in display order; at the end the count (or, without one, the duration) is compared."""
+    converter = VideoReformatter()  # kept for the whole video: setting one up costs more than a small frame
     count = hidden = 0
     size: tuple[int, int] | None = None
     end = Fraction(0)
@@ -226,7 +302,7 @@ def _strict_frames(
                 if frame.pts is not None and frame.time_base is not None:
                     end = max(end, frame.pts * frame.time_base + 1 / info.fps)
                 count += 1
-                yield frame
+                yield _FileFrame(frame, converter)
     except av.FFmpegError as error:
         raise VideoError(path, f"frame {count} cannot be decoded ({error.strerror})") from error
     # AVI counts the empty packet that ends a stream with packed B-frames as a frame.
@@ -251,12 +327,92 @@ def _declared_end(container: av.container.InputContainer, stream: av.VideoStream
     return Fraction(container.duration or 0, av.time_base) if alone else Fraction(0)
 
 
-def _displayed_size(frame: av.VideoFrame) -> tuple[int, int]:
-    turned = frame.rotation % 180 != 0
-    return (frame.height, frame.width) if turned else (frame.width, frame.height)
+@dataclass(frozen=True)
+class _FileFrame:
+    """A frame of a video file. The rotation that a phone notes in it is applied to all that is taken from it."""
+
+    frame: av.VideoFrame
+    converter: VideoReformatter
+
+    def size(self) -> tuple[int, int]:
+        turned = self.frame.rotation % 180 != 0
+        return (self.frame.height, self.frame.width) if turned else (self.frame.width, self.frame.height)
+
+    def rgb(self) -> np.ndarray:
+        return self._upright(self.converter.reformat(self.frame, format="rgb24"))
+
+    def thumbnail(self, side: int) -> np.ndarray:
+        width, height = _shrunk((self.frame.width, self.frame.height), side)
+        # AREA averages over all pixels that are merged; swscale's default skips most of them.
+        return self._upright(self.converter.reformat(self.frame, width, height, "rgb24", interpolation="AREA"))
+
+    def _upright(self, converted: av.VideoFrame) -> np.ndarray:
+        rgb = converted.to_ndarray()
+        quarter_turns = round(self.frame.rotation / 90) % 4  # counter-clockwise, as rot90
+        return np.ascontiguousarray(np.rot90(rgb, quarter_turns)) if quarter_turns else rgb
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    rgb = frame.to_ndarray(format="rgb24")
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as rot90
-    return np.ascontiguousarray(np.rot90(rgb, quarter_turns)) if quarter_turns else rgb
+def _shrunk(size: tuple[int, int], side: int) -> tuple[int, int]:
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder, frame_2 before frame_10."""
+
+    def natural(path: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"([0-9]+)", path.name)  # text and digits in turns, so that like meets like
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+    found = (path for path in folder.iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith("."))
+    return sorted(found, key=natural)
+
+
+def _open_folder(path: Path, fps: Fraction) -> tuple[VideoInfo, Iterator[Frame]]:
+    """What a folder of pictures is, and its frames. Raises VideoError when its first picture cannot be read."""
+    if fps <= 0:
+        raise UserError(f"{path}: cannot be shown with {fps} frames per second")
+    try:
+        pictures = _pictures(path)
+    except OSError as error:
+        raise VideoError(path, f"cannot be read ({error})") from error
+    if not pictures:
+        raise VideoError(path, "cannot be opened as a video (a folder without PNG or JPEG pictures)")
+    first = _Picture(path, pictures[0])
+    size = first.size()
+    info = VideoInfo(first.codec, *size, fps, len(pictures))
+    return info, (_Picture(path, picture, size) for picture in pictures)
+
+
+class _Picture:
+    """A picture in a folder as a frame of a video; read and checked when something is first asked of it."""
+
+    def __init__(self, folder: Path, file: Path, expected: tuple[int, int] | None = None) -> None:
+        self.folder, self.file, self.expected = folder, file, expected
+        self.codec = ""
+
+    def size(self) -> tuple[int, int]:
+        width, height = self._image.size
+        return width, height
+
+    def rgb(self) -> np.ndarray:
+        return np.array(self._image)
+
+    def thumbnail(self, side: int) -> np.ndarray:
+        return np.array(self._image.resize(_shrunk(self.size(), side), Image.Resampling.BOX))
+
+    @cached_property
+    def _image(self) -> Image.Image:
+        try:
+            with Image.open(self.file) as opened:
+                self.codec = (opened.format or "").lower()
+                image: Image.Image = ImageOps.exif_transpose(opened)  # a phone's rotation
+                if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
+        except Exception as error:  # Pillow raises nearly anything when a picture is damaged
+            raise VideoError(self.folder, f"picture {self.file.name} cannot be read ({error})") from error
+        if self.expected not in (None, image.size):
+            was, found = ("x".join(map(str, size)) for size in (self.expected or (), image.size))
+            raise VideoError(self.folder, f"picture {self.file.name} changes the size from {was} to {found}")
+        return image

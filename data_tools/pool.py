@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
+# A fork of this process would copy the locks of its threads, and a fresh Python would take seconds to import what it
+# needs. So processes are forked from a server that has imported it and has no threads of its own.
+CONTEXT = multiprocessing.get_context("forkserver")
 
 Function = Callable[[Any, Callable[[Any], None]], None]
 
@@ -47,12 +50,16 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_in_processes(function: Function, items: Sequence[Any], workers: int, timeout: float) -> Iterator[Event]:
+def run_in_processes(
+    function: Function, items: Sequence[Any], workers: int, timeout: float, preload: Sequence[str] = ()
+) -> Iterator[Event]:
     """Call `function(item, report)` for every item; yield an event per report and one when the item is done.
 
     `function` must be a function of a module and may call `report(value)` as often as it likes. An item whose
-    process dies, raises or is silent for more than `timeout` seconds fails, and the others go on.
+    process dies, raises or is silent for more than `timeout` seconds fails, and the others go on. Modules in `preload`
+    are imported once, not by every process.
     """
+    CONTEXT.set_forkserver_preload([function.__module__, *preload])
     waiting = list(range(len(items)))[::-1]
     pool: list[_Worker] = []
     try:
@@ -90,6 +97,7 @@ def _start(function: Function) -> _Worker:
 @contextmanager
 def _ctrl_c_held() -> Iterator[None]:
     """A process started in here never sees Ctrl-C, which is meant for its parent; the parent sees it afterwards."""
+    resource_tracker.ensure_running()  # Python starts it beside the first process, and lets Ctrl-C through again
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

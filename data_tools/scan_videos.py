@@ -1,213 +1,235 @@
-"""Find videos, decode each one strictly and list them in corpus.jsonl with what is wrong with the unusable ones.
+"""Find videos, decode each one strictly, cut it into scenes, and list all in corpus.jsonl with what is wrong with some.
 
     python -m data_tools.scan_videos videos/ --out corpus.jsonl
 
-Folders are searched to any depth, links followed. In a folder with its videos in sub-folders the name of the
-sub-folder is the label. The split follows from the content of the file, so copies of a video fall into the same one.
+INPUT is a folder, a video file, a folder of pictures (the frames of one video), or a list (.csv, .jsonl, .txt). Folders
+are searched to any depth, links followed. In a folder with its videos in sub-folders the name of the sub-folder is the
+label.
 
-Started again, videos whose path and sha256 are already listed as ok (in --out, or beside it in the .partial
-file of a run that was killed) are not decoded again and keep their caption; the rest is worked out anew.
+What is found out about each file is kept in corpus.jsonl.results: started again, also after a kill, the program decodes
+only files that are new or have changed, or all of them with other settings for scenes. Captions that were written into
+the corpus stay.
 """
 
 from __future__ import annotations
 
-import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from ardiff import cli
-from ardiff.data.corpus import OK, CorpusEntry, format_entry, parse_entry, read_corpus, write_corpus
+from ardiff.data.corpus import OK, SPLITS, CorpusEntry, read_corpus, write_corpus
 from ardiff.errors import UserError
-from ardiff.files import remove_leftovers, sha256
-from ardiff.video import EXTENSIONS, VideoError, check
+from ardiff.files import remove_leftovers
+from ardiff.video import EXTENSIONS, FOLDER_FPS
 from data_tools.common import require
+from data_tools.corpus_entries import DUPLICATES, EntryRules, keep_captions, make_entries
+from data_tools.inputs import Source, find_sources
+from data_tools.lists import ClassList, read_classes
 from data_tools.pool import default_workers, run_in_processes
+from data_tools.scan_results import Result, ResultsFile, Task, examine
+from data_tools.scenes import DETECTORS, THRESHOLDS, SceneSettings
 
-
-def find_videos(inputs: Sequence[Path]) -> dict[str, str | None]:
-    """Absolute path -> label of every video file below the inputs, sorted by path.
-
-    Raises UserError for an input that does not exist or a folder that cannot be listed.
-    """
-    found: dict[str, str | None] = {}
-    for given in inputs:
-        root = Path(os.path.abspath(given))  # noqa: PTH100 (resolve() would replace links by their targets)
-        if root.is_dir():
-            for path in _walk(root):
-                folders = path.relative_to(root).parts[:-1]
-                found[str(path)] = folders[0] if folders else None
-        elif root.exists():
-            found.setdefault(str(root), None)
-        else:
-            raise UserError(f"{given}: no such file or folder")
-    return dict(sorted(found.items(), key=lambda item: Path(item[0]).parts))
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-
-    visited: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back up
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if Path(name).suffix.lower() in EXTENSIONS and not name.startswith("."):
-                yield Path(folder, name)
-
-
-def examine(item: tuple[str, CorpusEntry | None], report: Callable[[CorpusEntry], None]) -> None:
-    """Check one video and report its entry, whose id, label and split are still to be filled in."""
-    report(_examine(*item))
-
-
-def _examine(path: str, known: CorpusEntry | None) -> CorpusEntry:
-    try:
-        digest = sha256(Path(path))
-    except OSError as error:
-        return CorpusEntry("0", path, f"cannot be read ({error.strerror})")
-    if known is not None and known.sha256 == digest:
-        return replace(known, id="0", label=None, split=None)
-    try:
-        info = check(Path(path))
-    except VideoError as error:
-        return CorpusEntry("0", path, error.reason, sha256=digest)
-    return CorpusEntry(
-        id="0",
-        path=path,
-        status=OK,
-        codec=info.codec,
-        width=info.width,
-        height=info.height,
-        fps=f"{info.fps.numerator}/{info.fps.denominator}",
-        num_frames=info.num_frames,
-        sha256=digest,
-    )
-
-
-def assign_splits(entries: list[CorpusEntry], fraction: float) -> list[CorpusEntry]:
-    """Set the split of the ok entries by their sha256: about `fraction` of them become validation videos.
-
-    With a fraction between 0 and 1 and at least two different videos neither split stays empty.
-    """
-    digests = sorted({entry.sha256 for entry in entries if entry.ok and entry.sha256})
-    count = sum(int(digest[:16], 16) < fraction * 2**64 for digest in digests)
-    if 0 < fraction < 1 and len(digests) >= 2:
-        count = min(max(count, 1), len(digests) - 1)
-    splits: dict[str | None, str] = dict.fromkeys(digests, "train")
-    splits.update(dict.fromkeys(digests[:count], "validation"))
-    return [replace(entry, split=splits[entry.sha256] if entry.ok else None) for entry in entries]
+# Slow to import, and needed in every process: the second half by what this program imports, as Python imports the
+# program again in each of them.
+PRELOAD = ("cv2", "scenedetect.detectors", "imagehash", "scipy.fftpack", "ardiff.cli", "data_tools.corpus_entries")
 
 
 def scan(
-    videos: dict[str, str | None], known: dict[str, CorpusEntry], journal: Path, workers: int, timeout: float
-) -> list[CorpusEntry]:
-    """Examine all videos (path -> label) in parallel, noting each result in `journal`; entries in their order."""
-    paths = list(videos)
-    results: dict[int, CorpusEntry] = {}
-    items = [(path, known.get(path)) for path in paths]
-    rejected = 0
-    with journal.open("a", encoding="utf-8") as notes, tqdm(total=len(paths), unit="files", disable=None) as bar:
-        for event in run_in_processes(examine, items, workers, timeout):
+    sources: Sequence[Source], kept: ResultsFile, settings: SceneSettings, workers: int, timeout: float
+) -> list[Result]:
+    """Examine all videos in parallel, noting each result in `kept`; the results in the order of the sources."""
+    results = {number: Result(source.path, "missing") for number, source in enumerate(sources) if source.missing}
+    numbers = [number for number in range(len(sources)) if number not in results]
+    tasks = []
+    for number in numbers:
+        known = kept.known.get(sources[number].path)
+        tasks.append(Task(sources[number].path, settings, None if known is None else known.sha256))
+    rejected = len(results)
+    # On a terminal a bar from the start; in the log of a batch job a line now and then.
+    every, delay = (0.1, 0.0) if sys.stderr.isatty() else (30.0, 30.0)
+    with tqdm(total=len(sources), initial=rejected, unit="files", mininterval=every, delay=delay) as bar:
+        for event in run_in_processes(examine, tasks, workers, timeout, preload=PRELOAD):
+            number, path = numbers[event.item], tasks[event.item].path
             if event.failure:
-                results[event.item] = CorpusEntry("0", paths[event.item], f"decoding failed: {event.failure}")
+                results[number] = Result(path, f"decoding failed: {event.failure}")
+            elif not event.done and event.value is None:
+                results[number] = kept.known[path]
             elif not event.done:
-                results[event.item] = event.value
-                if event.value.ok:
-                    # The split is only a filler that makes the line well-formed: it is decided at the end.
-                    print(format_entry(replace(event.value, split="train")), file=notes, flush=True)
+                results[number] = event.value
+                if event.value.sha256 is not None:
+                    kept.add(event.value)
             if event.done:
-                rejected += not results[event.item].ok
+                rejected += results[number].status != OK
                 bar.set_postfix(rejected=rejected, refresh=False)
                 bar.update()
-    width = max(6, len(str(len(paths))))
-    return [replace(results[number], id=f"{number:0{width}d}", label=videos[path]) for number, path in enumerate(paths)]
-
-
-def earlier_results(out: Path, journal: Path) -> dict[str, CorpusEntry]:
-    """Path -> ok entry of earlier runs. Raises UserError when `out` exists and is no corpus."""
-    entries = read_corpus(out) if out.exists() else []
-    if journal.exists():
-        for line in journal.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                entries.append(parse_entry(line))
-            except ValueError:
-                continue  # the half line of a killed run
-    return {entry.path: entry for entry in entries if entry.ok}
+    return [results[number] for number in range(len(sources))]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program."""
+    options = _parse(arguments)
+    out: Path = options.out
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give the name of a file in it, such as {out}/corpus.jsonl")
+    class_list = read_classes(options.labels) if options.labels else None
+    sources = find_sources(options.inputs, options.root, class_list)
+    if not sources:
+        names = ", ".join(map(str, options.inputs))
+        looked_for = ", ".join(sorted(EXTENSIONS))
+        raise UserError(f"{names}: no videos found; looked for {looked_for}, and folders of PNG or JPEG pictures")
+    rules = _rules(options, class_list, sources)
+    earlier = read_corpus(out) if out.exists() else []
+    settings = _scene_settings(options)
+    kept = ResultsFile(out.with_name(out.name + ".results"), settings)
+    remove_leftovers(out.parent)
+    results = scan(sources, kept, settings, options.workers, options.timeout)
+    entries, lost = keep_captions(make_entries(sources, results, rules), earlier)
+    if lost:
+        previous = out.with_name(out.name + ".previous")
+        write_corpus(previous, earlier)
+        print(
+            f"{lost} captions belong to scenes that are not in the corpus any more; they are kept in {previous}",
+            file=sys.stderr,
+        )
+    write_corpus(out, entries)
+    kept.finish(result for result in results if result.sha256 is not None)
+    return _summarize(out, entries)
+
+
+def _parse(arguments: list[str] | None) -> Any:
     parser = cli.parser(
-        "Find videos, decode each one strictly and list them in corpus.jsonl.",
+        "Find videos, decode each one strictly, split it into scenes, and list all in corpus.jsonl.",
         "python -m data_tools.scan_videos videos/ --out corpus.jsonl",
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="folders or video files")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="folders, videos, frame folders, lists (csv, jsonl, txt)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the corpus.jsonl to write")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="for relative paths in lists (default: list's folder)")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="all classes with their numbers, such as UCF-101's classInd.txt"
+    )
+    parser.add_argument("--split", choices=SPLITS, help="put all videos here, except where a list says otherwise")
     parser.add_argument(
         "--validation_fraction", type=float, default=0.1, help="share of validation videos (default %(default)s)"
     )
+    parser.add_argument("--test_fraction", type=float, default=0.0, help="share of test videos (default %(default)s)")
+    parser.add_argument(
+        "--group", metavar="REGEX", help="videos whose paths match with equal text (of group 1) share a split"
+    )
     parser.add_argument("--min_frames", type=int, default=2, help="reject shorter videos (default %(default)s)")
+    parser.add_argument(
+        "--scenes", choices=DETECTORS, default="adaptive", help="how cuts are found (default %(default)s)"
+    )
+    parser.add_argument(
+        "--scene_threshold",
+        type=float,
+        help="a cut changes more; adaptive: times the changes around it (default {adaptive:g}), content: mean change, "
+        "0 to 255 (default {content:g})".format(**THRESHOLDS),
+    )
+    parser.add_argument(
+        "--scene_min_change", type=float, default=15, help="adaptive: least mean change of a cut (default %(default)g)"
+    )
+    parser.add_argument(
+        "--black_below",
+        type=float,
+        default=8,
+        help="mean brightness of black frames, cut out; 0: off (default %(default)g)",
+    )
+    parser.add_argument(
+        "--min_scene_frames", type=int, default=16, help="reject shorter scenes of a cut video (default %(default)s)"
+    )
+    parser.add_argument("--fps", default=str(FOLDER_FPS), help="frame rate of frame folders (default %(default)s)")
+    parser.add_argument(
+        "--duplicates",
+        choices=DUPLICATES,
+        default="flag",
+        help="what to do with near-identical ones (default %(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes (default: one per core)")
     parser.add_argument(
         "--timeout", type=float, default=1800, help="seconds after which a file is given up (default %(default)g)"
     )
     options = parser.parse_args(arguments)
-    require("--validation_fraction", options.validation_fraction, 0, 1)
-    require("--min_frames", options.min_frames, 1)
-    require("--workers", options.workers, 1)
-    require("--timeout", options.timeout, 1)
-
-    out: Path = options.out
-    videos = find_videos(options.inputs)
-    if not videos:
-        names = ", ".join(map(str, options.inputs))
-        raise UserError(f"{names}: no videos found; looked for {', '.join(sorted(EXTENSIONS))}")
-    journal = _journal(out)
-    entries = scan(videos, earlier_results(out, journal), journal, options.workers, options.timeout)
-    entries = [_long_enough(entry, options.min_frames) for entry in entries]
-    entries = assign_splits(entries, options.validation_fraction)
-    write_corpus(out, entries)
-    journal.unlink()
-    return _summarize(out, entries)
+    for name in ("validation_fraction", "test_fraction"):
+        require(f"--{name}", getattr(options, name), 0, 1)
+    for name in ("min_frames", "min_scene_frames", "workers", "timeout"):
+        require(f"--{name}", getattr(options, name), 1)
+    require("--scene_min_change", options.scene_min_change, 0, 255)
+    require("--black_below", options.black_below, 0, 255)
+    if options.validation_fraction + options.test_fraction > 1:
+        raise UserError("--validation_fraction and --test_fraction: must not be more than 1 together")
+    return options
 
 
-def _long_enough(entry: CorpusEntry, min_frames: int) -> CorpusEntry:
-    if not entry.ok or entry.num_frames >= min_frames:
-        return entry
-    return replace(entry, status=f"has {entry.num_frames} frames, fewer than --min_frames {min_frames}")
-
-
-def _journal(out: Path) -> Path:
-    """The file beside `out` for results so far. Raises UserError when nothing can be written there."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; give the name of a file in it, such as {out}/corpus.jsonl")
-    journal = out.with_name(out.name + ".partial")
+def _rules(options: Any, class_list: ClassList | None, sources: Sequence[Source]) -> EntryRules:
+    """The options that decide how results become entries. Raises UserError for those that make no sense."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        journal.touch()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    remove_leftovers(out.parent)
-    return journal
+        fps = Fraction(options.fps).limit_denominator(1001)
+    except (ValueError, ZeroDivisionError):
+        fps = Fraction(0)
+    if fps <= 0:
+        raise UserError(f"--fps {options.fps}: must be a positive number, such as 25 or 30000/1001")
+    group = None
+    if options.group is not None:
+        try:
+            group = re.compile(options.group)
+        except re.error as error:
+            raise UserError(f"--group {options.group}: is not a regular expression ({error})") from error
+        if not any(group.search(source.path) for source in sources):
+            raise UserError(f"--group {options.group}: matches none of the paths; the first is {sources[0].path}")
+    return EntryRules(
+        min_frames=options.min_frames,
+        min_scene_frames=options.min_scene_frames,
+        black_below=options.black_below,
+        folder_fps=fps,
+        duplicates=options.duplicates,
+        class_index={} if class_list is None else class_list.index,
+        group=group,
+        split=options.split,
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+    )
+
+
+def _scene_settings(options: Any) -> SceneSettings:
+    if options.scenes == "none":
+        return SceneSettings("none", 0, 0, 0)
+    threshold = options.scene_threshold
+    if threshold is None:
+        threshold = THRESHOLDS[options.scenes]
+    require("--scene_threshold", threshold, 1 if options.scenes == "adaptive" else 0, 255)
+    min_change = options.scene_min_change if options.scenes == "adaptive" else 0
+    return SceneSettings(options.scenes, float(threshold), float(min_change), float(options.black_below))
 
 
 def _summarize(out: Path, entries: Sequence[CorpusEntry]) -> int:
     """Print what was found; returns the exit code. Raises UserError when nothing is usable."""
-    rejected = [entry for entry in entries if not entry.ok]
-    for entry in rejected:
-        print(f"rejected {entry.path}: {entry.status}", file=sys.stderr)
-    usable = len(entries) - len(rejected)
-    validation = sum(entry.split == "validation" for entry in entries)
-    print(f"{out}: {usable} ok ({usable - validation} train, {validation} validation), {len(rejected)} rejected")
+    usable = [entry for entry in entries if entry.ok]
+    for entry in entries:
+        if not entry.ok:
+            end = entry.first_frame + entry.num_frames - 1
+            where = f", frames {entry.first_frame} to {end}" if entry.num_frames else ""
+            print(f"rejected {entry.path}{where}: {entry.status}", file=sys.stderr)
+    splits = Counter(entry.split for entry in usable)
+    parts = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split] or split != "test")
+    videos = len({entry.path for entry in usable})
+    from_videos = f" from {videos} videos" if videos != len(usable) else ""
+    print(f"{out}: {len(usable)} ok{from_videos} ({parts}), {len(entries) - len(usable)} rejected")
+    split_of = {entry.id: entry.split for entry in entries}
+    duplicates = [entry for entry in usable if entry.duplicate_of is not None]
+    if duplicates:
+        print(f"{len(duplicates)} of them are nearly identical to others: see duplicate_of")
+    apart = sum(split_of[entry.duplicate_of] not in (None, entry.split) for entry in duplicates if entry.duplicate_of)
+    if apart:
+        print(f"{apart} of these lie in another split than their originals, as --split or a list says", file=sys.stderr)
     if not usable:
         raise UserError(f"none of the {len(entries)} videos is usable")
     return cli.EXIT_OK

@@ -1,5 +1,6 @@
 """Writing and strict decoding of videos, resizing, contact sheets and GIFs."""
 
+import hashlib
 import io
 import struct
 from fractions import Fraction
@@ -16,6 +17,8 @@ from ardiff.video import (
     check,
     contact_sheet,
     decode,
+    fingerprint,
+    frames_at,
     gif_bytes,
     probe,
     resize_and_crop,
@@ -108,6 +111,34 @@ def test_ranges_outside_the_video(clip):
         list(decode(clip, first_frame=20))
     with pytest.raises(UserError, match="stride 0"):
         list(decode(clip, stride=0))
+
+
+@pytest.mark.parametrize("positions", [[0], [19], [3, 4, 11], list(range(20)), [], np.array([2, 17])])
+def test_frames_at_positions(clip, positions):
+    whole = list(decode(clip))
+    found = list(frames_at(clip, positions))
+    assert [position for position, _ in found] == list(positions)
+    for position, frame in found:
+        assert np.array_equal(frame, whole[position])
+
+
+def test_frames_at_reads_no_further_than_it_must(clip, tmp_path):
+    """The last pictures are missing: that is found only when they are wanted."""
+    data = clip.read_bytes()
+    table = data.find(b"stsz") + 12
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(data[: table + 4 * 12] + bytes(4 * 8) + data[table + 4 * 20 :])
+    assert [position for position, _ in frames_at(cut, [1, 5])] == [1, 5]
+    with pytest.raises(VideoError, match=r"cut\.mp4"):
+        list(frames_at(cut, [1, 19]))
+
+
+def test_frames_at_impossible_positions(clip):
+    with pytest.raises(VideoError, match="has 20 frames, so there is no frame 20"):
+        list(frames_at(clip, [0, 20]))
+    for positions in ([3, 2], [3, 3], [-1, 2]):
+        with pytest.raises(ValueError, match="sorted, distinct"):
+            list(frames_at(clip, positions))
 
 
 def test_a_damaged_picture_stops_the_decoder(clip, tmp_path):
@@ -258,3 +289,110 @@ def test_gif(tmp_path):
     assert (image.n_frames, image.size, image.info["loop"], image.info["duration"]) == (6, (48, 32), 0, 120)
     (tmp_path / "x.gif").write_bytes(data)
     assert check(tmp_path / "x.gif").num_frames == 6
+
+
+FRAMES = moving_bar(12, 48, 64)
+
+
+def write_pictures(folder: Path, frames: np.ndarray, name: str = "frame_{}.png") -> Path:
+    folder.mkdir()
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / name.format(number), quality=95)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Frames 0 to 11: sorted as text, frame_10 would come before frame_2."""
+    folder = write_pictures(tmp_path / "pictures", FRAMES)
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / ".hidden.png").write_text("not a picture")
+    return folder
+
+
+def test_a_folder_of_pictures_is_a_video(pictures):
+    info = check(pictures)
+    assert (info.codec, info.width, info.height, info.fps, info.num_frames) == ("png", 64, 48, 25, 12)
+    assert probe(pictures, fps=Fraction(30000, 1001)).fps == Fraction(30000, 1001)
+    assert probe(pictures, fps=12.5).fps == Fraction(25, 2)
+    assert np.array_equal(np.stack(list(decode(pictures))), FRAMES)
+    assert np.array_equal(np.stack(list(decode(pictures, 3, 7, 3))), FRAMES[3:10:3])
+    assert [position for position, _ in frames_at(pictures, [2, 10])] == [2, 10]
+    assert np.array_equal(dict(frames_at(pictures, [2, 10]))[10], FRAMES[10])
+    with pytest.raises(VideoError, match="has 12 frames, so there is no frame 12"):
+        list(frames_at(pictures, [12]))
+
+
+def test_visited_frames_and_their_thumbnails(pictures, clip):
+    for path, size in ((pictures, (48, 64)), (clip, (64, 96))):
+        seen = []
+        info = check(path, visit=lambda frame, seen=seen: seen.append((frame.size(), frame.rgb(), frame.thumbnail(32))))
+        assert len(seen) == info.num_frames
+        for i, (frame, whole) in enumerate(zip(seen, decode(path), strict=True)):
+            assert frame[0] == size[::-1] and np.array_equal(frame[1], whole), i
+            small = frame[2]
+            assert max(small.shape[:2]) == 32 and small.shape[0] == round(32 * size[0] / size[1])
+            box = Image.fromarray(whole).resize(small.shape[1::-1], Image.Resampling.BOX)
+            assert np.abs(np.asarray(box).astype(int) - small).mean() < 4
+    thumbnails = []
+    check(pictures, visit=lambda frame: thumbnails.append(frame.thumbnail(1000)))
+    assert thumbnails[0].shape == (48, 64, 3)  # never enlarged
+
+
+def test_jpeg_pictures_grey_ones_and_a_phones_rotation(tmp_path):
+    folder = write_pictures(tmp_path / "jpeg", FRAMES, "{}.JPG")
+    assert check(folder).codec == "jpeg"
+    assert np.abs(np.stack(list(decode(folder))).astype(int) - FRAMES).mean() < 3
+    grey = tmp_path / "grey"
+    grey.mkdir()
+    Image.fromarray((np.arange(48 * 64).reshape(48, 64) * 20).astype(np.uint16)).save(grey / "1.png")
+    expected = ((np.arange(48 * 64) * 20) >> 8).reshape(48, 64)
+    assert np.array_equal(next(decode(grey)), np.repeat(expected[..., None], 3, axis=2))
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    Image.fromarray(FRAMES[0]).save(turned / "1.png", exif=exif)
+    assert (check(turned).width, check(turned).height) == (48, 64)
+    assert np.array_equal(next(decode(turned)), np.rot90(FRAMES[0], -1))
+
+
+@pytest.mark.parametrize("name", ["frame_{}.png", "frame_{}.jpg"])
+def test_broken_pictures_are_named(tmp_path, name):
+    folder = write_pictures(tmp_path / "pictures", FRAMES, name)
+    broken = folder / name.format(10)
+    data = broken.read_bytes()
+    for damaged in (data[: len(data) // 2], data[:100], b"", b"no picture at all"):
+        broken.write_bytes(damaged)
+        with pytest.raises(VideoError, match=rf"pictures: picture {broken.name} cannot be read") as caught:
+            check(folder)
+        assert "\n" not in caught.value.reason
+        with pytest.raises(VideoError, match=broken.name):
+            list(decode(folder))
+        assert len(list(frames_at(folder, [0, 9, 11]))) == 3  # pictures that are not wanted are not read
+    Image.fromarray(FRAMES[0][:40]).save(broken)
+    with pytest.raises(VideoError, match=f"picture {broken.name} changes the size from 64x48 to 64x40"):
+        check(folder)
+
+
+def test_folders_that_are_no_videos(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a picture")
+    for use in (check, probe, lambda path: list(decode(path))):
+        with pytest.raises(VideoError, match="a folder without PNG or JPEG pictures"):
+            use(tmp_path)
+    with pytest.raises(OSError, match="without pictures"):
+        fingerprint(tmp_path)
+    with pytest.raises(OSError, match="No such file"):
+        fingerprint(tmp_path / "missing")
+
+
+def test_fingerprints(pictures, clip):
+    assert fingerprint(clip) == hashlib.sha256(clip.read_bytes()).hexdigest()
+    first = fingerprint(pictures)
+    assert len(first) == 64 and fingerprint(pictures) == first
+    (pictures / "notes.txt").write_text("something else")
+    assert fingerprint(pictures) == first  # it is not part of the video
+    (pictures / "frame_3.png").rename(pictures / "frame_03.png")
+    renamed = fingerprint(pictures)
+    (pictures / "frame_03.png").write_bytes((pictures / "frame_4.png").read_bytes())
+    assert len({first, renamed, fingerprint(pictures)}) == 3

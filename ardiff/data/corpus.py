@@ -17,15 +17,19 @@ from ardiff.errors import UserError
 from ardiff.files import write_text
 
 OK = "ok"
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
+MAX_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
 class CorpusEntry:
-    """One source video, or a segment of one. Only with status "ok" are the fields after it all meaningful."""
+    """One source video, or a segment of one: a scene. Only with status "ok" are the fields after it all meaningful.
+
+    Segments of one file have its path and sha256 in common, and differ in id, first_frame and num_frames.
+    """
 
     id: str  # digits, unique; the key of the video in shards
-    path: str
+    path: str  # of a video file or of a folder of pictures
     status: str  # "ok" or the reason why the video is not used
     codec: str | None = None
     width: int = 0
@@ -35,8 +39,11 @@ class CorpusEntry:
     num_frames: int = 0
     label: str | None = None  # name of the class
     caption: str | None = None
-    split: str | None = None  # "train" or "validation"; None for rejected videos
-    sha256: str | None = None  # of the file; None when it cannot be read
+    split: str | None = None  # one of SPLITS; None for rejected videos
+    sha256: str | None = None  # ardiff.video.fingerprint of the path; None when it cannot be read
+    class_index: int | None = None  # the label's number, from 0, in a list of classes that was given
+    duplicate_of: str | None = None  # id of the entry that this one looks nearly identical to
+    perceptual_hash: str | None = None  # of a few of its frames; see data_tools.near_duplicates
 
     @property
     def ok(self) -> bool:
@@ -69,6 +76,10 @@ def read_corpus(path: Path) -> list[CorpusEntry]:
         entries.append(entry if Path(entry.path).is_absolute() else _rooted(entry, path.parent))
     if not entries:
         raise UserError(f"{path}: lists no videos")
+    try:
+        check_classes(entries)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     return entries
 
 
@@ -86,8 +97,33 @@ def usable(path: Path, entries: Sequence[CorpusEntry], split: str | None = None)
 
 
 def classes(entries: Iterable[CorpusEntry]) -> list[str]:
-    """The sorted labels of the ok entries: a label's place in this list is its class number."""
-    return sorted({entry.label for entry in entries if entry.ok and entry.label is not None})
+    """The names of the classes; a name's place in this list is its class number.
+
+    The labels of the ok entries, sorted. Where they have a class_index that decides instead, and numbers that no
+    entry has are called "class 7".
+    """
+    labels = {entry.label: entry.class_index for entry in entries if entry.ok and entry.label is not None}
+    numbered = {index: label for label, index in labels.items() if index is not None}
+    if not numbered:
+        return sorted(labels)
+    return [numbered.get(number, f"class {number}") for number in range(max(numbered) + 1)]
+
+
+def check_classes(entries: Iterable[CorpusEntry]) -> None:
+    """Raise ValueError unless the labelled ok entries have one class_index per label, or all of them none."""
+    index_of, label_of = dict[str, int | None](), dict[int, str]()
+    for entry in entries:
+        if not entry.ok or entry.label is None:
+            continue
+        label, index = entry.label, entry.class_index
+        if index_of.setdefault(label, index) != index:
+            both = f"{json.dumps(index_of[label])} and {json.dumps(index)}"
+            raise ValueError(f"label {label!r} has class_index {both} (id {entry.id})")
+        if index is not None and label_of.setdefault(index, label) != label:
+            raise ValueError(f"class_index {index} is that of {label_of[index]!r} and of {label!r} (id {entry.id})")
+    without = next((label for label, index in index_of.items() if index is None), None)
+    if without is not None and label_of:
+        raise ValueError(f"label {without!r} has no class_index, but others have; give it to all labels or to none")
 
 
 def format_entry(entry: CorpusEntry) -> str:
@@ -118,8 +154,8 @@ def parse_entry(line: str) -> CorpusEntry:
 
 
 def _check_type(name: str, value: Any, declared: str) -> None:
-    """`declared` is the annotation as text: "int", "str" or "str | None"."""
-    allowed: tuple[type, ...] = (int,) if declared == "int" else (str,)
+    """`declared` is the annotation as text: "int", "str", "int | None" or "str | None"."""
+    allowed: tuple[type, ...] = (int,) if declared.startswith("int") else (str,)
     if declared.endswith("None"):
         allowed += (type(None),)
     if not isinstance(value, allowed) or isinstance(value, bool):
@@ -127,8 +163,10 @@ def _check_type(name: str, value: Any, declared: str) -> None:
 
 
 def _check_values(entry: CorpusEntry) -> None:
-    if not re.fullmatch(r"[0-9]{1,90}", entry.id):
-        raise ValueError(f"field 'id' must be digits, found {entry.id!r}")
+    for name in ("id", "duplicate_of"):
+        value = getattr(entry, name)
+        if value is not None and not re.fullmatch(r"[0-9]{1,90}", value):
+            raise ValueError(f"field '{name}' must be digits, found {value!r}")
     if not entry.ok:
         return
     if not entry.fps or not re.fullmatch(r"[1-9][0-9]*/[1-9][0-9]*", entry.fps):
@@ -140,6 +178,8 @@ def _check_values(entry: CorpusEntry) -> None:
         raise ValueError(f"field 'split' must be one of {', '.join(SPLITS)}, found {json.dumps(entry.split)}")
     if not re.fullmatch(r"[0-9a-f]{64}", entry.sha256 or ""):
         raise ValueError("field 'sha256' must be the hex digest of the file")
+    if entry.class_index is not None and (entry.label is None or not 0 <= entry.class_index < MAX_CLASSES):
+        raise ValueError(f"field 'class_index' must belong to a label and be at least 0, found {entry.class_index}")
 
 
 def _rooted(entry: CorpusEntry, folder: Path) -> CorpusEntry:

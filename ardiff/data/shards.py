@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import webdataset
 
 from ardiff.data.tar import Member, ShardError, read_members
 from ardiff.errors import UserError
@@ -134,6 +133,8 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample], moments: Mom
 
     `samples` is consumed while writing, so a shard may be larger than memory; `moments` is read after that.
     """
+    import webdataset  # it imports torch, which takes a second that readers need not wait
+
     tar = folder / f"{name}.tar"
     with replacing(tar) as temporary:
         with temporary.open("wb") as stream, webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
@@ -162,7 +163,7 @@ def finished_shard(folder: Path, name: str) -> ShardEntry | None:
     marker, tar = folder / f"{name}.done.json", folder / f"{name}.tar"
     try:
         entry = ShardEntry(**json.loads(marker.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     complete = tar.is_file() and tar.stat().st_size == entry.bytes
     return entry if complete and (folder / f"{name}.index.npy").is_file() else None
@@ -299,7 +300,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{file}: not found; shards are made by data_tools.extract_latents (latents) or data_tools.shard_videos"
             " (frames), which write it last"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a manifest of shards ({error!r})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format {version}, this version of ardiff reads format {FORMAT_VERSION}")
