@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["ardiff", "ardiff.*", "data_tools", "launch"]),
+    packages=find_packages(include=["ardiff", "ardiff.*", "data_tools", "data_tools.*", "launch"]),
     package_data={"ardiff": ["presets/*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",

@@ -57,9 +57,21 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that killed processes of this machine left behind in `folder`."""
+def remove_leftovers(folder: Path, own: bool = False) -> None:
+    """Delete temporary files that killed processes of this machine left behind in `folder`.
+
+    With `own` also those under the id of this process, which must not be writing there: in containers a program that
+    is started again often gets the id of the one that was killed.
+    """
     for path in folder.glob(f".*.tmp.{platform.node()}.*"):
         owner = path.name.rsplit(".", 1)[-1]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+        if owner.isdigit() and (own if int(owner) == os.getpid() else not _is_running(int(owner))):
             path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"  # dead, but not yet seen by its parent

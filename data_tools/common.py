@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from ardiff.errors import UserError
 from ardiff.files import remove_leftovers, write_json
 
 SETTINGS = "settings.json"
+DERIVED = "derived"  # the key of settings that follow from the others
 
 
 def output_folder(path: Path) -> Path:
@@ -18,32 +23,44 @@ def output_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from error
-    remove_leftovers(path)
+    remove_leftovers(path, own=True)
     return path
 
 
-def claim_folder(folder: Path, settings: dict[str, Any], results: str) -> None:
+def split_folder(out: Path, split: str) -> Path:
+    """Where the shards of a split lie: those of the train split in `out` itself."""
+    return out if split == "train" else out / split
+
+
+def claim_folder(
+    folder: Path, settings: dict[str, Any], results: str, derive: Callable[[], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Note in `folder` what it is being filled with, so that a later run cannot mix in something else.
 
-    Raises UserError when there already are files that match the pattern `results`, made with other settings.
+    `derive` works out further settings that follow from these; a later run with the same settings does not call it
+    again but takes what is noted. Returns these. Raises UserError when there already are files that match the
+    pattern `results`, made with other settings.
     """
     known = folder_settings(folder)
     existing = next(folder.glob(results), None)
-    if existing is None:
-        write_json(folder / SETTINGS, settings)
-        return
-    if known is None:
+    if existing is not None and known is None:
         raise UserError(f"--out {folder}: holds files of something else ({existing.name}); choose another --out")
+    known = known or {}
+    derived = known.pop(DERIVED, None)
     changed = [
         f"{key} {known.get(key)} -> {settings.get(key)}"
         for key in sorted({*known, *settings})
         if known.get(key) != settings.get(key)
     ]
-    if changed:
+    if existing is not None and changed:
         raise UserError(
             f"--out {folder}: holds the results of other settings ({', '.join(changed)}); "
             "choose another --out or delete that folder"
         )
+    if changed or not isinstance(derived, dict):
+        derived = derive() if derive else {}
+    write_json(folder / SETTINGS, {**settings, DERIVED: derived} if derive else settings)
+    return derived
 
 
 def folder_settings(folder: Path) -> dict[str, Any] | None:
@@ -60,8 +77,20 @@ def folder_settings(folder: Path) -> dict[str, Any] | None:
     return value
 
 
+def die_with_launcher() -> None:
+    """End this process when its parent does: ranks whose launcher was killed would meet those of the next start."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.25)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def require(name: str, value: float, low: float, high: float | None = None) -> None:
     """Raise UserError unless low <= value <= high."""
-    if value < low or (high is not None and value > high):
+    if not (value >= low and (high is None or value <= high)):  # not a number included
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
         raise UserError(f"{name} {value}: must be {limits}")

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     out = output_folder(options.out)
     for name in CLASSES:
-        remove_leftovers(out / name)
+        remove_leftovers(out / name, own=True)
     names = [f"{list(CLASSES)[number % len(CLASSES)]}/{number:05d}.mp4" for number in range(options.num_videos)]
     strangers = {str(path.relative_to(out)) for path in out.rglob("*.mp4")} - set(names)
     if strangers:

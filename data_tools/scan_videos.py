@@ -29,16 +29,23 @@ from ardiff.errors import UserError
 from ardiff.files import remove_leftovers
 from ardiff.video import EXTENSIONS, FOLDER_FPS
 from data_tools.common import require
-from data_tools.corpus_entries import DUPLICATES, EntryRules, keep_captions, make_entries
-from data_tools.inputs import Source, find_sources
-from data_tools.lists import ClassList, read_classes
 from data_tools.pool import default_workers, run_in_processes
-from data_tools.scan_results import Result, ResultsFile, Task, examine
-from data_tools.scenes import DETECTORS, THRESHOLDS, SceneSettings
+from data_tools.scanning.corpus_entries import DUPLICATES, EntryRules, keep_captions, make_entries
+from data_tools.scanning.inputs import Source, find_sources
+from data_tools.scanning.lists import ClassList, read_classes
+from data_tools.scanning.scan_results import Result, ResultsFile, Task, examine
+from data_tools.scanning.scenes import DETECTORS, THRESHOLDS, SceneSettings
 
 # Slow to import, and needed in every process: the second half by what this program imports, as Python imports the
 # program again in each of them.
-PRELOAD = ("cv2", "scenedetect.detectors", "imagehash", "scipy.fftpack", "ardiff.cli", "data_tools.corpus_entries")
+PRELOAD = (
+    "cv2",
+    "scenedetect.detectors",
+    "imagehash",
+    "scipy.fftpack",
+    "ardiff.cli",
+    "data_tools.scanning.corpus_entries",
+)
 
 
 def scan(
@@ -88,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     earlier = read_corpus(out) if out.exists() else []
     settings = _scene_settings(options)
     kept = ResultsFile(out.with_name(out.name + ".results"), settings)
-    remove_leftovers(out.parent)
+    remove_leftovers(out.parent, own=True)
     results = scan(sources, kept, settings, options.workers, options.timeout)
     entries, lost = keep_captions(make_entries(sources, results, rules), earlier)
     if lost:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from fractions import Fraction
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from ardiff.files import replacing, write_json
 from ardiff.sampling import ad_levels
 from ardiff.sampling.generate import Decoder, Request, cache_mode, default_device, generate
 from ardiff.training.weights import load_dit
-from ardiff.video import contact_sheet, decode, resize_and_crop, write_mp4
+from ardiff.video import contact_sheet, frames_at, probe, resize_and_crop, write_mp4
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,9 +91,20 @@ def generate_with_bar(network: torch.nn.Module, config: Config, request: Request
 
 def _encode_prefix(path: Path, frames: int, config: Config, decoder: Decoder) -> Tensor:
     size = decoder.network.config.image_size
-    stride = decoder.space.stride * config.data.stride  # the rate of the training clips
-    clip = [resize_and_crop(frame, size) for frame in decode(path, 0, (frames - 1) * stride + 1, stride)]
-    return decoder.encode(np.stack(clip))
+    positions = prefix_positions(path, frames, decoder.space, config.data.stride)
+    return decoder.encode(np.stack([resize_and_crop(frame, size) for _, frame in frames_at(path, positions)]))
+
+
+def prefix_positions(path: Path, frames: int, space: LatentSpace, stride: int) -> list[int]:
+    """Which frames of a clip follow one another as quickly as those of the training clips do."""
+    if space.sampled_fps is None:
+        return [k * space.stride * stride for k in range(frames)]
+    step = probe(path).fps / Fraction(space.sampled_fps) * stride
+    if step < 1:
+        raise UserError(
+            f"--prefix {path}: has fewer frames per second than the training clips ({space.sampled_fps} / {stride})"
+        )
+    return [ceil(k * step - Fraction(1, 2)) for k in range(frames)]  # of two that are equally near, the earlier
 
 
 def main() -> int:

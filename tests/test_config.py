@@ -17,8 +17,10 @@ PUBLIC_KEYS = {
         "kl_weight l1_weight"
     ),
     "diffusion": "num_timesteps beta_start beta_end prediction timesteps",
-    "data": "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "
-    "max_bad_fraction cache_dir cache_gb",
+    "data": (
+        "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "
+        "max_bad_fraction cache_dir cache_gb"
+    ),
     "train": (
         "seed global_batch_size micro_batch_size max_steps phases warmup_steps betas adam_eps weight_decay "
         "grad_clip ema_decay label_dropout log_every save_every keep_checkpoints sample_every num_threads "

@@ -43,7 +43,7 @@ class CorpusEntry:
     sha256: str | None = None  # ardiff.video.fingerprint of the path; None when it cannot be read
     class_index: int | None = None  # the label's number, from 0, in a list of classes that was given
     duplicate_of: str | None = None  # id of the entry that this one looks nearly identical to
-    perceptual_hash: str | None = None  # of a few of its frames; see data_tools.near_duplicates
+    perceptual_hash: str | None = None  # of a few of its frames; see data_tools.scanning.near_duplicates
 
     @property
     def ok(self) -> bool:

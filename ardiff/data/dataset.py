@@ -286,13 +286,14 @@ class ShardSet:
         main = rows[rows["member"] == 0]
         known = (rows["member"] < len(MEMBERS)) & (rows["frames"] > 0) & (rows["bytes"] > 0)
         known &= (rows["sample"] >= 0) & (rows["sample"] < shard.samples)
+        known &= (rows["label"] >= -1) & (rows["label"] < len(self.manifest.classes))
         inside = (rows["offset"] > 0) & (rows["bytes"] <= shard.bytes) & (rows["offset"] <= shard.bytes - rows["bytes"])
         if not (known.all() and inside.all() and (np.diff(main["sample"]) >= 0).all()):
             return False
         if not np.array_equal(np.unique(main["sample"]), np.arange(shard.samples)):
             return False
         if self.manifest.kind == "frames":
-            return True
+            return len(main) == len(rows) and bool((rows["frames"] == 1).all())
         details = self.manifest.details
         arrays = rows[rows["member"] < TEXT]
         width = np.int64(2 * details["tokens"] * details["channels"])

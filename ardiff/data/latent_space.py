@@ -30,6 +30,7 @@ class LatentSpace:
     stride: int  # every how-manieth frame of the source was encoded
     classes: list[str]
     text_tokens: int = 0  # of the longest text; shorter ones are padded with zeros
+    sampled_fps: str | None = None  # frames were taken at this rate, a fraction, instead of every stride-th
 
     @classmethod
     def of(cls, manifest: Manifest, normalize: str) -> LatentSpace:
@@ -51,6 +52,7 @@ class LatentSpace:
             details.get("stride", 1),
             classes,
             details.get("text_tokens", 0),
+            details.get("sampled_fps"),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 ATTEMPTS = 4
 PAUSE = 1.0  # seconds before the second attempt; doubled each time
 CONNECTIONS = 16  # for the many small index files
+_seen: set[Path] = set()  # folders that this process uses
 NOTE_EVERY = 30.0  # seconds between notes of a shard's last use
 
 
@@ -49,7 +50,8 @@ class ShardCache:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: cannot be made ({error.strerror})") from error
-        remove_leftovers(folder)
+        remove_leftovers(folder, own=folder not in _seen)
+        _seen.add(folder)
         self._noted: dict[str, float] = {}
         self._hopeless: dict[str, str] = {}  # shards that could not be had, and why
 

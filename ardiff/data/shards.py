@@ -39,7 +39,8 @@ TEXT_MEMBER = "text.npy"
 MEMBERS = {LATENTS_MEMBER: 0, FLIPPED_MEMBER: 1, TEXT_MEMBER: 2}  # as numbered in the index; pictures are 0 as well
 FRAME_MEMBER = re.compile(r"\d{5}\.(jpg|png|webp)$")
 NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<f2', 'fortran_order': False, 'shape': \(((?:\d{1,9}, ){1,3}\d{0,9})\), \} *\n",
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '<f2', 'fortran_order': False, 'shape': "
+    rb"\(((?:[1-9]\d{0,8}, ){1,2}[1-9]\d{0,8})\), \} *\n",
     re.DOTALL,
 )
 MAX_JSON = 1 << 24
@@ -201,13 +202,13 @@ def parse_index(content: bytes) -> np.ndarray:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(np.empty(0, INDEX_DTYPE)))
     start, end = header.getvalue()[10:].rstrip(b" \n").removesuffix(b"}").rstrip().split(b"(0,)")
-    pattern = rb"\x93NUMPY\x01\x00.." + re.escape(start) + rb"\((\d{1,18}),\)" + re.escape(end) + rb" *\} *\n"
+    pattern = rb"\x93NUMPY\x01\x00(..)" + re.escape(start) + rb"\((\d{1,18}),\)" + re.escape(end) + rb" *\} *\n"
     found = re.match(pattern, content, re.DOTALL)
-    if found is None:
+    if found is None or int.from_bytes(found[1], "little") != found.end() - 10:
         raise ValueError("not an index of this version of ardiff")
     data = content[found.end() :]
-    if len(data) != int(found[1]) * INDEX_DTYPE.itemsize:
-        raise ValueError(f"{len(data)} bytes of data for {int(found[1])} rows")
+    if len(data) != int(found[2]) * INDEX_DTYPE.itemsize:
+        raise ValueError(f"{len(data)} bytes of data for {int(found[2])} rows")
     return np.frombuffer(data, dtype=INDEX_DTYPE)
 
 
@@ -258,17 +259,25 @@ def _description(members: list[Member], stream: BinaryIO, path: Path) -> dict[st
 
 
 def _array(data: bytes, path: Path, member: Member) -> tuple[int, tuple[int, ...]]:
-    """Where the numbers of a .npy member start and their shape [frames, tokens, channels] or, of text, [tokens, D].
+    """Where the numbers of a .npy member start and their shape [frames, tokens, channels] or, of text, [tokens, D]."""
+    try:
+        return parse_array(data, 2 if member.extension == TEXT_MEMBER else 3)
+    except ValueError as error:
+        raise ShardError(path, member.offset, f"{member.name} {error}") from error
 
-    The header must be exactly what numpy writes for such an array: no parser runs on what a shard says.
+
+def parse_array(data: bytes, axes: int) -> tuple[int, tuple[int, ...]]:
+    """Where the numbers of a float16 .npy file start, and their shape.
+
+    The header must be exactly what numpy writes for such an array: no parser runs on what a shard says. Raises
+    ValueError, in words that go on after the name of the file.
     """
     header = NPY_HEADER.match(data)
-    shape = tuple(int(size) for size in header[1].split(b",") if size.strip()) if header else ()
-    if header is None or len(shape) != (2 if member.extension == TEXT_MEMBER else 3) or 0 in shape:
-        raise ShardError(path, member.offset, f"{member.name} must be a float16 .npy array, not empty, in C order")
+    shape = tuple(int(size) for size in header[2].split(b",")) if header else ()
+    if header is None or len(shape) != axes or int.from_bytes(header[1], "little") != header.end() - 10:
+        raise ValueError("must be a float16 .npy array, not empty, in C order")
     if len(data) - header.end() != 2 * math.prod(shape):
-        size = len(data) - header.end()
-        raise ShardError(path, member.offset, f"{member.name} has {size} bytes of data for float16 {shape}")
+        raise ValueError(f"has {len(data) - header.end()} bytes of data for float16 {shape}")
     return header.end(), shape
 
 

@@ -60,7 +60,7 @@ def read_members(stream: BinaryIO, path: Path) -> Iterator[Member]:
             break
         if len(header) < BLOCK:
             raise ShardError(path, position, "the file ends inside a header")
-        member = _parse(header, position, path)
+        member = parse_header(header, position, path)
         position = member.offset + -(-member.size // BLOCK) * BLOCK
         if position > end:
             raise ShardError(path, member.offset, f"{member.name} has {member.size} bytes, more than the file")
@@ -73,7 +73,8 @@ def read_members(stream: BinaryIO, path: Path) -> Iterator[Member]:
         raise ShardError(path, position, "something follows the end mark")
 
 
-def _parse(header: bytes, position: int, path: Path) -> Member:
+def parse_header(header: bytes, position: int, path: Path) -> Member:
+    """The member whose header of BLOCK bytes stands at `position`. Raises ShardError for what a shard may not have."""
     expected = OCTAL.fullmatch(header[148:156])
     blanked = header[:148] + b" " * 8 + header[156:]
     if not expected or int(expected[1], 8) != sum(blanked):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from ardiff.errors import UserError
-from data_tools.inputs import Source, find_sources
-from data_tools.lists import read_classes
+from data_tools.scanning.inputs import Source, find_sources
+from data_tools.scanning.lists import read_classes
 
 
 @pytest.fixture

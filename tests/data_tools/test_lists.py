@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ardiff.errors import UserError
-from data_tools.lists import Row, read_classes, read_list
+from data_tools.scanning.lists import Row, read_classes, read_list
 
 
 def listed(tmp_path: Path, name: str, text: str) -> list[Row]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ardiff.video import VideoError, check, write_mp4
 from data_tools.make_demo_corpus import make_clip
-from data_tools.near_duplicates import (
+from data_tools.scanning.near_duplicates import (
     COLOURS,
     FRAMES,
     MAX_PICTURES,
@@ -23,7 +23,7 @@ from data_tools.near_duplicates import (
     connect,
     find_duplicates,
 )
-from data_tools.scenes import THUMBNAIL_SIDE
+from data_tools.scanning.scenes import THUMBNAIL_SIDE
 
 REAL_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "videos"
 

@@ -22,8 +22,9 @@ from ardiff.data.corpus import CorpusEntry, classes, read_corpus, usable, write_
 from ardiff.errors import UserError
 from ardiff.files import sha256
 from ardiff.video import fingerprint, write_mp4
-from data_tools import make_demo_corpus, scan_results, scan_videos
+from data_tools import make_demo_corpus, scan_videos
 from data_tools.make_demo_corpus import make_clip
+from data_tools.scanning import scan_results
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REAL_VIDEOS = REPOSITORY.parent / "shared" / "data" / "videos"

@@ -8,7 +8,7 @@ import pytest
 
 from ardiff.video import check, decode, write_mp4
 from data_tools.make_demo_corpus import make_clip
-from data_tools.scenes import THRESHOLDS, THUMBNAIL_SIDE, SceneFinder, SceneSettings, split_at
+from data_tools.scanning.scenes import THRESHOLDS, THUMBNAIL_SIDE, SceneFinder, SceneSettings, split_at
 
 REAL_VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "videos"
 

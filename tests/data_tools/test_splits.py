@@ -2,7 +2,7 @@
 
 import hashlib
 
-from data_tools.splits import SplitItem, assign_splits, draw_splits
+from data_tools.scanning.splits import SplitItem, assign_splits, draw_splits
 
 DIGESTS = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(1000)]
 

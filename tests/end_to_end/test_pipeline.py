@@ -44,7 +44,7 @@ def work(tmp_path_factory) -> Path:
     vae += ["--train.max_steps", "4", "--train.log_every", "1", "--train.sample_every", "4"]
     succeed(*vae, "--run_dir", str(work / "arvae"))
     extract = ["-m", "data_tools.extract_latents", "--corpus", corpus, "--arvae", str(work / "arvae")]
-    succeed(*extract, "--out", str(work / "latents"), "--frames_per_shard", "40")
+    succeed(*extract, "--out", str(work / "latents"), "--shard_mb", "0.02")
     dit = ["launch/train.py", "--config", "tiny", "--data.shards", str(work / "latents"), "--model.num_classes", "6"]
     dit += ["--model.hidden_size", "32", "--model.num_heads", "2", "--train.max_steps", "4", "--train.log_every", "1"]
     succeed(*dit, "--train.sample_every", "4", "--run_dir", str(work / "dit"))
@@ -114,10 +114,10 @@ def test_extraction_is_byte_identical_after_losing_half(work, tmp_path):
         "--arvae",
         str(work / "arvae"),
     ]
-    succeed(*extract, "--out", str(work / "latents"), "--frames_per_shard", "40")
+    succeed(*extract, "--out", str(work / "latents"), "--shard_mb", "0.02")
     assert before == {path.name: path.read_bytes() for path in (work / "latents").glob("latents-*")}
-    line = fail(*extract, "--out", str(work / "latents"), "--frames_per_shard", "50")
-    assert "other settings (frames_per_shard 40 -> 50)" in line
+    line = fail(*extract, "--out", str(work / "latents"), "--shard_mb", "0.03")
+    assert "other settings (shard_mb 0.02 -> 0.03)" in line
 
 
 def test_samples_are_videos_and_depend_on_the_seed_only(work, tmp_path):

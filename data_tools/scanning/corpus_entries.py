@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from ardiff.data.corpus import OK, CorpusEntry
-from data_tools.inputs import Source
-from data_tools.near_duplicates import Duplicates, find_duplicates
-from data_tools.scan_results import Result, Scene
-from data_tools.splits import SplitItem, assign_splits
+from data_tools.scanning.inputs import Source
+from data_tools.scanning.near_duplicates import Duplicates, find_duplicates
+from data_tools.scanning.scan_results import Result, Scene
+from data_tools.scanning.splits import SplitItem, assign_splits
 
 DUPLICATES = ("flag", "reject", "off")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ardiff.data.corpus import SPLITS
-from data_tools.near_duplicates import connect
+from data_tools.scanning.near_duplicates import connect
 
 TRAIN, VALIDATION, TEST = SPLITS
 

@@ -17,8 +17,8 @@ from ardiff.data.corpus import OK
 from ardiff.errors import UserError
 from ardiff.files import replacing
 from ardiff.video import Frame, VideoError, check, fingerprint
-from data_tools.near_duplicates import Pictures, Signature
-from data_tools.scenes import THUMBNAIL_SIDE, SceneFinder, SceneSettings, split_at
+from data_tools.scanning.near_duplicates import Pictures, Signature
+from data_tools.scanning.scenes import THUMBNAIL_SIDE, SceneFinder, SceneSettings, split_at
 
 VERSION = 1  # of the way results are found; another one makes earlier results void
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ardiff.errors import UserError
 from ardiff.video import EXTENSIONS, PICTURES
-from data_tools.lists import LISTS, ClassList, Row, read_list
+from data_tools.scanning.lists import LISTS, ClassList, Row, read_list
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What scan_videos is made of: inputs and lists, scene cuts, near-duplicates, splits, results kept between runs."""
