@@ -122,6 +122,7 @@ def stages_before_training(out: Path) -> list[Stage]:
     """From the corpus to latent shards."""
     python, corpus = sys.executable, out / "corpus.jsonl"
     shard = [python, "-m", "data_tools.shard_videos", "--corpus", str(corpus), "--size", str(SIZE)]
+    shard += ["--shard_mb", "4"]  # several shards, so that every core has one to write
     # Two processes with a thread each are faster than one with two: the frames are small.
     launcher = [str(Path(python).with_name("torchrun")), "--nproc_per_node", str(num_ranks()), "--master_port", "PORT"]
     vae = [*launcher, "launch/train_vae.py", "--config", "arvae_tiny", "--train.micro_batch_size", "8"]
