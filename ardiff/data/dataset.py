@@ -28,6 +28,7 @@ from ardiff.errors import UserError
 
 # What the manifest of each kind must say.
 DETAILS = {"latents": ("tokens", "channels", "mean", "std", "arvae"), "frames": ("size",)}
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
 OPEN_FILES = 256
 TABLES = 512  # index tables of picture shards kept in memory
 ATTEMPTS = 3  # network file systems have hiccups
@@ -206,7 +207,8 @@ class ShardSet:
             raise ShardError(self._name(shard), offset, "the checksum of this picture is wrong; copy the shard again")
         size = self.manifest.details["size"]
         try:
-            picture = Image.open(io.BytesIO(data))
+            # Only these: among the others of Pillow is one that starts a program, Ghostscript.
+            picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
             if picture.size != (size, size):  # before it is decoded: it may claim to be of any size
                 raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels instead of {size} x {size}")
             return np.asarray(picture.convert("RGB"))

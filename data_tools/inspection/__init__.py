@@ -1,0 +1,1 @@
+"""What inspect_shards is made of: checks of samples, shards and data sets, repair, statistics, sheets, comparison."""
