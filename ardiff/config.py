@@ -409,6 +409,10 @@ def _impossible_data(config: Config) -> Iterator[str]:
     for source in data.mixture:
         if not source.shards or not 0 <= source.weight < 1e9:
             yield f"data.mixture: {{shards: {source.shards!r}, weight: {source.weight}}} needs shards and a weight >= 0"
+    total = sum(source.weight for source in data.mixture)
+    for source in data.mixture:
+        if 0 < source.weight < 1e-4 * total:
+            yield f"data.mixture: the weight {source.weight} of {source.shards} is less than 1e-4 of all; leave it out"
     if data.mixture and not sum(source.weight for source in data.mixture) > 0:
         yield "data.mixture: at least one weight must be above 0"
 

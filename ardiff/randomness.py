@@ -27,6 +27,7 @@ class Stream(IntEnum):
     SUBSTITUTE = 8
     SHARDS = 9
     FLIP = 10
+    SETS = 11
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from ardiff.files import replacing, sha256
 
 EXTENSIONS = frozenset((".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".gif"))
 PICTURES = frozenset((".png", ".jpg", ".jpeg"))
+PICTURE_FORMATS = ("PNG", "JPEG")  # Pillow opens no others: for some it would start other programs
 FOLDER_FPS = 25  # of a folder of pictures, which does not say
 LOCAL = {"protocol_whitelist": "file"}  # a playlist that poses as a video must not reach the network
 SMPTE170M = 6  # ITU-T H.273 matrix coefficients: what swscale uses for RGB to YUV unless told otherwise
@@ -404,7 +405,7 @@ class _Picture:
     @cached_property
     def _image(self) -> Image.Image:
         try:
-            with Image.open(self.file) as opened:
+            with Image.open(self.file, formats=PICTURE_FORMATS) as opened:
                 self.codec = (opened.format or "").lower()
                 image: Image.Image = ImageOps.exif_transpose(opened)  # a phone's rotation
                 if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255

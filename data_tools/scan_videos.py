@@ -13,6 +13,7 @@ the corpus stay.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -24,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ardiff import cli
-from ardiff.data.corpus import OK, SPLITS, CorpusEntry, read_corpus, write_corpus
+from ardiff.data.corpus import OK, SPLITS, CorpusEntry, format_entry, read_corpus, write_corpus
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers
 from ardiff.video import EXTENSIONS, FOLDER_FPS
@@ -99,8 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = scan(sources, kept, settings, options.workers, options.timeout)
     entries, lost = keep_captions(make_entries(sources, results, rules), earlier)
     if lost:
-        previous = out.with_name(out.name + ".previous")
-        write_corpus(previous, earlier)
+        previous = _keep_previous(out, earlier)
         print(
             f"{lost} captions belong to scenes that are not in the corpus any more; they are kept in {previous}",
             file=sys.stderr,
@@ -108,6 +108,18 @@ def main(arguments: list[str] | None = None) -> int:
     write_corpus(out, entries)
     kept.finish(result for result in results if result.sha256 is not None)
     return _summarize(out, entries)
+
+
+def _keep_previous(out: Path, earlier: Sequence[CorpusEntry]) -> Path:
+    """Write the corpus as it was beside `out`, under a name that no other one has; returns it."""
+    content = "".join(format_entry(entry) + "\n" for entry in earlier).encode()
+    number, previous = 0, out.with_name(out.name + ".previous")
+    # One with the same content is from a run that was killed after it had written that.
+    while os.path.lexists(previous) and not (previous.is_file() and previous.read_bytes() == content):
+        number += 1
+        previous = out.with_name(f"{out.name}.previous.{number}")
+    write_corpus(previous, earlier)
+    return previous
 
 
 def _parse(arguments: list[str] | None) -> Any:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import zipfile
 from fractions import Fraction
-from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 from ardiff import cli
 from ardiff.config import Config
 from ardiff.data.latent_space import LatentSpace
+from ardiff.data.text import half_features
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json
 from ardiff.sampling import ad_levels
@@ -104,7 +105,7 @@ def prefix_positions(path: Path, frames: int, space: LatentSpace, stride: int) -
         raise UserError(
             f"--prefix {path}: has fewer frames per second than the training clips ({space.sampled_fps} / {stride})"
         )
-    return [ceil(k * step - Fraction(1, 2)) for k in range(frames)]  # of two that are equally near, the earlier
+    return [math.ceil(k * step - Fraction(1, 2)) for k in range(frames)]  # of two that are equally near, the earlier
 
 
 def main() -> int:
@@ -165,10 +166,11 @@ def _text_features(path: Path, config: Config, space: LatentSpace) -> Tensor:
     if not width:
         raise UserError(f"--text {path}: the model was trained without text (model.context_dim = 0)")
     try:
-        features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--text {path}: not a .npy file of text features ({error})") from error
-    if features.ndim != 2 or features.shape[1] != width or not 0 < len(features) <= space.text_tokens:
+    features = half_features(str(path), found)
+    if features.shape[1] != width or len(features) > space.text_tokens:
         raise UserError(f"--text {path}: {features.shape} must be [N, {width}] with N from 1 to {space.text_tokens}")
     return torch.from_numpy(features.astype(np.float32))
 

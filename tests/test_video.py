@@ -3,13 +3,14 @@
 import hashlib
 import io
 import struct
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from ardiff.errors import UserError
 from ardiff.video import (
@@ -373,6 +374,18 @@ def test_broken_pictures_are_named(tmp_path, name):
     Image.fromarray(FRAMES[0][:40]).save(broken)
     with pytest.raises(VideoError, match=f"picture {broken.name} changes the size from 64x48 to 64x40"):
         check(folder)
+
+
+def test_postscript_that_is_called_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """Pillow would hand it to Ghostscript."""
+    (tmp_path / "0001.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **more: started.append(arguments))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", "gs")  # as if it were installed
+    for use in (check, probe, lambda path: list(decode(path))):
+        with pytest.raises(VideoError, match=r"picture 0001.png cannot be read \(cannot identify image file"):
+            use(tmp_path)
+    assert not started
 
 
 def test_folders_that_are_no_videos(tmp_path):

@@ -7,7 +7,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +36,17 @@ class BadSample(NamedTuple):
     shard: str
     offset: int
     reason: str
+
+
+def count_bad(samples: Sequence[BadSample], lanes: int) -> tuple[int, int]:
+    """How many positions had a bad sample, and the longest stretch of them in a row (in one lane of the order)."""
+    places = sorted({(sample.position % lanes, sample.position // lanes) for sample in samples})
+    longest = stretch = 0
+    before = (-1, -1)
+    for lane, nth in places:
+        stretch = stretch + 1 if (lane, nth - 1) == before else 1
+        longest, before = max(longest, stretch), (lane, nth)
+    return len(places), longest
 
 
 class Rows(NamedTuple):

@@ -224,6 +224,9 @@ class ShardSet:
                     return
                 raise ShardError(self._name(shard), offset, f"ends before these {size} bytes; copy it again")
             except OSError as error:
+                with self._lock:  # a stale handle of a network file system stays stale
+                    if shard in self._files:
+                        os.close(self._files.pop(shard))
                 if attempt == ATTEMPTS - 1:
                     raise ShardError(self._name(shard), offset, f"cannot be read ({error.strerror})") from error
                 time.sleep(0.1 * 4**attempt)
@@ -296,13 +299,24 @@ class ShardSet:
             return False
         if self.manifest.kind == "frames":
             return len(main) == len(rows) and bool((rows["frames"] == 1).all())
+        return self._fitting(rows, main, shard)
+
+    def _fitting(self, rows: np.ndarray, main: np.ndarray, shard: ShardEntry) -> bool:
+        """Whether the arrays of each sample fit one another and the manifest; `main` are the rows of latents."""
         details = self.manifest.details
+        kinds = rows["sample"] * len(MEMBERS) + rows["member"]
+        mirrored, text = (rows[rows["member"] == member] for member in (FLIPPED, TEXT))
         arrays = rows[rows["member"] < TEXT]
         width = np.int64(2 * details["tokens"] * details["channels"])
-        text = rows[rows["member"] == TEXT]
-        if len(text) and not (text["bytes"] == text["frames"] * np.int64(2 * details["text_dim"])).all():
-            return False
-        return len(main) == shard.samples and bool((arrays["bytes"] == arrays["frames"] * width).all())
+        text_width = np.int64(2 * details["text_dim"]) if len(text) else 0
+        return bool(
+            len(np.unique(kinds)) == len(kinds)
+            and len(main) == shard.samples
+            and (mirrored["frames"] == main["frames"][mirrored["sample"]]).all()
+            and (arrays["bytes"] == arrays["frames"] * width).all()
+            and (text["bytes"] == text["frames"] * text_width).all()
+            and (len(text) == 0 or text["frames"].max() <= details["text_tokens"])
+        )
 
     def _take_in(self, rows: np.ndarray, videos: slice) -> None:
         """Fill the columns of one shard's videos."""
@@ -350,12 +364,25 @@ def open_shards(source: str | Path, kind: str, cache: ShardCache | None = None, 
     missing = [name for name in DETAILS[kind] if name not in manifest.details]
     if missing:
         raise UserError(f"{manifest.folder / MANIFEST}: says nothing of {', '.join(missing)}; make it anew")
+    if kind == "latents":
+        _check_statistics(manifest)
     try:
         return ShardSet(manifest, cache if remote else None, _folder_of(text) if remote else None, verify)
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{manifest.folder / MANIFEST}: does not fit its shards ({error!r})") from error
+
+
+def _check_statistics(manifest: Manifest) -> None:
+    for name in ("mean", "std"):
+        values = manifest.details[name]
+        numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != manifest.details["channels"] or not np.isfinite(values).all():
+            raise UserError(
+                f"{manifest.folder / MANIFEST}: '{name}' is not a list of {manifest.details['channels']} numbers; "
+                "see `python -m data_tools.inspect_shards repair`"
+            )
 
 
 def _find_local(text: str) -> Manifest:

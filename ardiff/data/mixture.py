@@ -8,8 +8,11 @@ epochs of its own. Weights may change when a run is continued: the list of chang
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +26,7 @@ from ardiff.data.remote import ShardCache
 from ardiff.data.shards import Manifest, Moments
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
+from ardiff.randomness import Stream, hashed
 
 log = logging.getLogger("ardiff")
 UNIT = 1 << 20  # weights are rounded to this fraction, and counts stay exact up to 2^43 samples
@@ -68,6 +72,10 @@ class Mixture:
         details = dict(first.details)
         if len(self.sets) > 1 and first.kind == "latents":
             details["mean"], details["std"] = Moments.merge(shard.statistics for shard in shards)
+        rates = [part.manifest.details.get("fps") for part in self.sets]
+        if len(set(rates)) > 1:
+            log.warning("data.mixture: frame rates differ (%s per second)", ", ".join(map(str, rates)))
+            details["fps"] = None
         if any("text_tokens" in part.manifest.details for part in self.sets):
             details["text_tokens"] = max(int(part.manifest.details.get("text_tokens", 0)) for part in self.sets)
         return Manifest(first.folder, first.kind, shards, self.classes, details)
@@ -198,8 +206,11 @@ class Mixture:
     def continue_with(self, history: Sequence[Sequence], position: int) -> bool:
         """Take over the changes of a run up to `position`, where this run's weights begin; True if they are new."""
         weights = self.history[-1].weights
-        self.history = [Change(int(at), [float(weight) for weight in old]) for at, old in history if at <= position]
+        before = [Change(int(at), [float(weight) for weight in old]) for at, old in history if at <= position]
+        self.history = before or [Change(0, weights)]
         changed = shares(self.history[-1].weights) != shares(weights)
+        if changed and self.history[-1].position == position:
+            self.history.pop()
         if changed:
             self.history.append(Change(position, weights))
         return changed
@@ -211,6 +222,12 @@ class Mixture:
                 f"{self.source}: {len(self)} videos give {self.visits_per_epoch} clips per epoch, fewer than "
                 f"train.global_batch_size = {global_batch_size}; use more data or a smaller batch"
             )
+        for plan, share in zip(self.plans, shares(self.history[-1].weights), strict=True):
+            if plan.visits_per_epoch < share * global_batch_size:
+                raise UserError(
+                    f"data.mixture: {plan.shards.source} gives {plan.visits_per_epoch} clips per epoch, fewer than its "
+                    f"share of a batch, {share:.3g} x {global_batch_size}; give it less weight"
+                )
         if self.lanes > 1 and (global_batch_size % self.lanes or self.lanes % world_size):
             fitting = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             raise UserError(
@@ -224,7 +241,7 @@ def open_data(config: Config, kind: str, num_frames: int) -> Mixture:
     data = config.data
     sources = data.mixture or [Source(data.shards or "")]
     cache = ShardCache(Path(data.cache_dir), int(data.cache_gb * 1e9)) if data.cache_dir else None
-    plans = []
+    plans: list[Plan] = []
     for source in sources:
         shards = open_shards(source.shards, kind, cache, data.verify)
         if data.flip_probability and not shards.has_flipped:
@@ -237,16 +254,43 @@ def open_data(config: Config, kind: str, num_frames: int) -> Mixture:
             if width != config.model.context_dim:
                 found = "no text features" if width is None else f"text features of width {width}"
                 raise UserError(f"model.context_dim = {config.model.context_dim}, but {source.shards} has {found}")
-        plans.append(Plan(shards, config.train.seed, data.order, num_frames, data.stride, data.lanes, data.lane_window))
-    needed = sum(shard.bytes for plan in plans if plan.shards.is_remote for shard in plan.shards.manifest.shards)
-    if cache is not None and data.order == "global" and needed > cache.limit:
+        # Sets of one size must not go through the same permutation in step.
+        seed = (
+            config.train.seed if not plans else int(hashed(config.train.seed, Stream.SETS, np.array([len(plans)]))[0])
+        )
+        plans.append(Plan(shards, seed, data.order, num_frames, data.stride, data.lanes, data.lane_window))
+    if cache is not None:
+        _check_cache(plans, cache)
+    return Mixture(plans, [source.weight for source in sources])
+
+
+def _check_cache(plans: list[Plan], cache: ShardCache) -> None:
+    """Tell of a cache that would fetch the same shards again and again."""
+    shards = [(plan, shard) for plan in plans if plan.shards.is_remote for shard in plan.shards.manifest.shards]
+    everything = sum(shard.bytes for _, shard in shards)
+    if everything <= cache.limit:
+        return
+    lanes = plans[0].lanes
+    if lanes == 1:
         log.warning(
             "%.1f GB of remote shards do not fit data.cache_gb = %g: with data.order = global nearly every clip "
             "fetches a shard; use data.order = lanes or a larger cache",
-            needed / 1e9,
-            data.cache_gb,
+            everything / 1e9,
+            cache.limit / 1e9,
         )
-    return Mixture(plans, [source.weight for source in sources])
+        return
+    # A node has one shard open in each of its lanes, and fetches the next ones.
+    nodes = max(1, int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
+    own = -(-lanes // nodes)
+    needed = 2 * own * max(shard.bytes for _, shard in shards)
+    if needed > cache.limit:
+        log.warning(
+            "data.cache_gb = %g holds less than two shards for each of the %d lanes of a node (%.1f GB): shards will "
+            "be fetched several times; use fewer data.lanes, smaller shards or a larger cache",
+            cache.limit / 1e9,
+            own,
+            needed / 1e9,
+        )
 
 
 def shares(weights: Sequence[float]) -> list[float]:
@@ -262,8 +306,9 @@ def _turns(index: np.ndarray, lane: np.ndarray, weights: Sequence[float]) -> tup
     number, count = np.full(len(index), len(weights) - 1), index.astype(np.int64)
     undecided = np.ones(len(index), dtype=bool)
     for each, share in enumerate(_units(weights)):
-        before = (count * share + _phase(lane)) // UNIT
-        mine = undecided & ((count * share + share + _phase(lane)) // UNIT > before)
+        phase = _phase(lane, each)
+        before = (count * share + phase) // UNIT
+        mine = undecided & ((count * share + share + phase) // UNIT > before)
         number[mine] = each
         count = np.where(mine, before, np.where(undecided, count - before, count))
         undecided &= ~mine
@@ -273,8 +318,8 @@ def _turns(index: np.ndarray, lane: np.ndarray, weights: Sequence[float]) -> tup
 def _counts(index: np.ndarray, lane: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """How many of the first `index` samples of lanes [n] belong to each set: [sets, n]."""
     rest, found = index.astype(np.int64), []
-    for share in _units(weights):
-        taken = (rest * share + _phase(lane)) // UNIT
+    for each, share in enumerate(_units(weights)):
+        taken = (rest * share + _phase(lane, each)) // UNIT
         found.append(taken)
         rest = rest - taken
     return np.stack([*found, rest])
@@ -285,9 +330,20 @@ def _units(weights: Sequence[float]) -> list[int]:
     return [round(UNIT * weight / max(sum(weights[i:]), 1e-300)) for i, weight in enumerate(weights[:-1])]
 
 
-def _phase(lane: np.ndarray) -> np.ndarray:
-    """Where in a turn a lane begins, in units: spread out, so that the lanes of one batch are not in step."""
-    return (lane * 648056 + UNIT // 2) % UNIT  # 648056 is UNIT times the golden ratio's fraction
+def _phase(lane: np.ndarray, level: int) -> np.ndarray:
+    """Where in a turn lanes begin, in units: spread out evenly, and otherwise for every set, so that the lanes of one
+    batch hold the share of each (a Kronecker sequence: the square roots of primes are independent).
+    """
+    step = int(UNIT * math.sqrt(_prime(level)) % UNIT)
+    return (lane * step + UNIT // 2) % UNIT
+
+
+def _prime(number: int) -> int:
+    """The prime of that number, from 0: 2, 3, 5, ..."""
+    found = [2]
+    while len(found) <= number:
+        found.append(next(n for n in itertools.count(found[-1] + 1) if all(n % p for p in found)))
+    return found[number]
 
 
 def _check_equal(sets: Sequence[ShardSet]) -> None:

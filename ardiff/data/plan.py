@@ -81,7 +81,7 @@ class Plan:
         visits = np.maximum(1, self._frames // (num_frames * stride))
         self._visits_end = np.cumsum(visits)
         videos_end = np.searchsorted(shards.shard_of_video, np.arange(len(shards.manifest.shards)), side="right")
-        self._shard_end = self._visits_end[videos_end - 1]  # visits of a shard are neighbours
+        self._shard_end = np.concatenate([[0], self._visits_end])[videos_end]  # visits of a shard are neighbours
         self._shard_visits = np.diff(self._shard_end, prepend=0)
         self.visits_per_lane = int(self._visits_end[-1]) // self.lanes
         if self.visits_per_lane < 1:

@@ -7,11 +7,11 @@ make room for new ones.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
 import os
-import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,15 +21,18 @@ from pathlib import Path
 from ardiff.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
-from ardiff.files import remove_leftovers, replacing, sha256
+from ardiff.files import replacing, sha256
 
 log = logging.getLogger("ardiff")
 # What fsspec knows beyond these, such as shells, ssh or archives within archives, is refused.
 PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
-ATTEMPTS = 4
-PAUSE = 1.0  # seconds before the second attempt; doubled each time
+PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the second attempt; doubled each time
+START_PATIENCE = 15.0  # seconds of trying to reach a data set at the start
+PATIENCE = 1200.0  # and in a run; less than train.collective_timeout_minutes, or the other ranks give up first
+TELL_AFTER = 30.0
+RESERVED = ".room"
 CONNECTIONS = 16  # for the many small index files
-_seen: set[Path] = set()  # folders that this process uses
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 NOTE_EVERY = 30.0  # seconds between notes of a shard's last use
 
 
@@ -50,8 +53,6 @@ class ShardCache:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: cannot be made ({error.strerror})") from error
-        remove_leftovers(folder, own=folder not in _seen)
-        _seen.add(folder)
         self._noted: dict[str, float] = {}
         self._hopeless: dict[str, str] = {}  # shards that could not be had, and why
 
@@ -139,7 +140,9 @@ class ShardCache:
         """
         import fsspec
 
-        for attempt in range(ATTEMPTS):
+        patience = PATIENCE if shard is not None else START_PATIENCE
+        begin, pause = time.monotonic(), PAUSE
+        while True:
             handle = None
             try:
                 with replacing(target) as temporary:
@@ -156,12 +159,17 @@ class ShardCache:
             except _DamagedError:
                 raise
             except Exception as error:  # every store has exceptions of its own
-                if isinstance(error, OSError) and error.errno is not None and _is_below(error.filename, self.folder):
-                    raise  # the disk of the cache, not the network
-                if attempt == ATTEMPTS - 1:
-                    raise _UnavailableError(" ".join(f"{type(error).__name__}: {error}".split())) from error
-                time.sleep(PAUSE * 2**attempt)
-        raise AssertionError("unreachable")
+                number = error.errno if isinstance(error, OSError) else None
+                if number in _DISK_ERRNOS or (number and _is_below(getattr(error, "filename", None), self.folder)):
+                    reason = os.strerror(number or 0)
+                    raise UserError(f"data.cache_dir {self.folder}: {reason}; see data.cache_gb") from error
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                if time.monotonic() - begin + pause > patience:
+                    raise UserError(f"{url}: cannot be reached for {patience:.0f} s ({reason})") from error
+                # An outage must not turn good shards into bad samples: wait for its end, and say so.
+                log.warning("%s: %s; trying again in %.0f s", url, reason, pause)
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE)
 
     @contextmanager
     def _room(self, shard: ShardEntry) -> Iterator[None]:
@@ -169,10 +177,13 @@ class ShardCache:
 
         Where fetches in progress need all the room, one of them has to end first.
         """
-        reservation = self.folder / f".{shard.sha256}.room.tmp.{platform.node()}.{os.getpid()}"
+        reservation = self.folder / f".{shard.sha256}{RESERVED}"
+        begin, told = time.monotonic(), False
         while not self._reserve(shard, reservation):
-            time.sleep(0.02)
-            remove_leftovers(self.folder)  # of a process that died meanwhile
+            if not told and time.monotonic() - begin > TELL_AFTER:
+                log.warning("%s: waiting for other fetches into %s to end", shard.file, self.folder)
+                told = True
+            time.sleep(0.05)
         try:
             yield
         finally:
@@ -181,25 +192,43 @@ class ShardCache:
 
     def _reserve(self, shard: ShardEntry, reservation: Path) -> bool:
         with self._locked("room"):
+            self._clear_dead(shard.sha256)
             files = list(self._counted())
-            used = sum(stat.st_size for _, stat in files)
-            for path, stat in sorted(files, key=lambda file: file[1].st_mtime):
+            shards = sorted((stat.st_mtime, path, stat.st_size) for path, stat in files if path.suffix == ".tar")
+            reserved = sum(stat.st_size for _, stat in files) - sum(size for *_, size in shards)
+            if reserved + shard.bytes > self.limit:
+                return False  # no eviction would help
+            used = reserved + sum(size for *_, size in shards)
+            for _, path, size in shards:
                 if used + shard.bytes <= self.limit:
                     break
-                if path.suffix == ".tar":
-                    used -= stat.st_size
-                    path.unlink(missing_ok=True)
-            if used + shard.bytes > self.limit:
-                return False
+                used -= size
+                path.unlink(missing_ok=True)
             reservation.touch()
             os.truncate(reservation, shard.bytes)
             return True
+
+    def _clear_dead(self, own: str) -> None:
+        """Delete what killed processes left. Who fetches a shard holds its lock, on whatever host or in whatever
+        container; so if the lock is free, its reservation and its half copy are nobody's.
+        """
+        for path in list(self.folder.iterdir()):
+            sha = path.name[1:65]
+            if path.name.startswith(".") and (RESERVED in path.name or ".tar.tmp." in path.name) and sha != own:
+                handle = os.open(self.folder / "locks" / sha, os.O_CREAT | os.O_RDWR)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink(missing_ok=True)
+                except BlockingIOError:
+                    pass
+                finally:
+                    os.close(handle)
 
     def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Shards and reservations; what another process removes meanwhile is passed over."""
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):
-                if path.suffix == ".tar" or ".room.tmp." in path.name:
+                if path.suffix == ".tar" or path.name.endswith(RESERVED):
                     yield path, path.stat()
 
     @contextmanager

@@ -43,6 +43,8 @@ NPY_HEADER = re.compile(
     rb"\(((?:[1-9]\d{0,8}, ){1,2}[1-9]\d{0,8})\), \} *\n",
     re.DOTALL,
 )
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_JSON = 1 << 24
 INDEX_DTYPE = np.dtype(
     [
@@ -296,6 +298,17 @@ def write_manifest(
     return Manifest(folder, kind, shards, classes, details)
 
 
+def _well_formed(shard: ShardEntry) -> bool:
+    """Names and checksums become names of files, so they may hold nothing but themselves."""
+    texts = (shard.file, shard.sha256, shard.index_sha256)
+    if not all(isinstance(text, str) for text in texts) or not SHARD_NAME.fullmatch(shard.file):
+        return False
+    if not (SHA256.fullmatch(shard.sha256) and SHA256.fullmatch(shard.index_sha256)):
+        return False
+    counts = (shard.bytes, shard.samples, shard.frames)
+    return all(type(count) is int and 0 <= count < 2**62 for count in counts) and isinstance(shard.statistics, dict)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read manifest.json given its path or its folder. Raises UserError when it is missing or malformed."""
     file = path / MANIFEST if path.is_dir() else path
@@ -313,4 +326,9 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{file}: not a manifest of shards ({error!r})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format {version}, this version of ardiff reads format {FORMAT_VERSION}")
+    for shard in shards:
+        if not _well_formed(shard):
+            raise UserError(f"{file}: not a manifest of shards (the entry of {str(shard.file)[:80]!r} is malformed)")
+    if len({shard.file for shard in shards}) != len(shards):
+        raise UserError(f"{file}: lists a shard twice")
     return Manifest(file.parent, kind, shards, classes, value)

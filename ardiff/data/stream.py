@@ -97,7 +97,7 @@ class BatchStream:
         """Stop the threads."""
         self._closed.set()
         self._permits.put(None)
-        self._threads[0].join()
+        self._threads[0].join(timeout=10)  # one that waits for a store that is out of reach is left to itself
 
     def read(self, position: int) -> GlobalBatch:
         """This rank's share of the global batch that begins at `position`."""

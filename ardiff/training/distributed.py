@@ -83,6 +83,19 @@ class World:
             message = text if everywhere or self.size == 1 else f"rank {rank}: {text}"
             raise UserError(message) if self.is_main else EchoedError(message)
 
+    def require_equal(self, what: dict[str, str]) -> None:
+        """Refuse to go on unless all ranks say the same of everything in `what` (collective)."""
+        answers = self.gather(what)
+        for key in what:
+            others = [rank for rank, answer in enumerate(answers) if answer[key] != answers[0][key]]
+            if others:
+                ranks = ", ".join(map(str, others[:8]))
+                message = (
+                    f"{key} of rank 0 is {answers[0][key]}, but of rank {ranks} {answers[others[0]][key]}: all ranks "
+                    "need the same files and settings"
+                )
+                raise UserError(message) if self.is_main else EchoedError(message)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small host tensor over all ranks."""
         dist.all_reduce(values, group=self.control)

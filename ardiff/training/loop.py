@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ardiff.data.clips import BadSample
+from ardiff.data.clips import BAD_IN_A_ROW, BadSample, count_bad
 from ardiff.data.stream import BatchStream, GlobalBatch
 from ardiff.errors import UserError
 from ardiff.monitor.throughput import Clock, peak_flops
@@ -111,28 +111,33 @@ class Trainer:
         self.clock.step()
         return terms
 
-    def meet_bad_samples(self) -> None:
-        """Let all ranks know of all replaced samples (collective). Raises UserError when they are too many."""
+    def meet_bad_samples(self) -> UserError | None:
+        """Let all ranks know of all replaced samples (collective); returns why the run has to end, if it has to."""
         new = sorted(bad for part in self.world.gather(self._bad_here) for bad in part)
         self._bad_here = []
+        if not new:
+            return None
         self.bad_samples += (BadSample(*entry) for entry in new)
         if self.world.is_main:
             for position, shard, offset, reason in new:
                 log.warning("BAD SAMPLE at position %d replaced: %s, byte %d: %s", position, shard, offset, reason)
-        share = self.config.data.max_bad_fraction
-        seen = max(self.samples, self.job.data.visits_per_epoch)
-        if new and len(self.bad_samples) > share * seen:
-            self.world.agree(
-                UserError(
-                    f"{len(self.bad_samples)} bad samples in {seen} (an epoch, or all so far), more than "
-                    f"data.max_bad_fraction = {share:g}; the last: {new[-1].shard}, byte {new[-1].offset}: "
-                    f"{new[-1].reason}; see `python -m data_tools.inspect_shards repair`, or allow more"
-                )
-            )
+        bad, in_a_row = count_bad(self.bad_samples, self.job.data.lanes)
+        share, seen = self.config.data.max_bad_fraction, max(self.samples, self.job.data.visits_per_epoch)
+        if in_a_row >= BAD_IN_A_ROW:
+            problem = f"{in_a_row} bad samples in a row"
+        elif bad > share * seen:
+            problem = f"{bad} bad samples in {seen} (an epoch, or all so far)"
+            problem += f", more than data.max_bad_fraction = {share:g}"
+        else:
+            return None
+        return UserError(
+            f"{problem}; the last: {new[-1].shard}, byte {new[-1].offset}: {new[-1].reason}; see "
+            "`python -m data_tools.inspect_shards repair`, or allow more"
+        )
 
     def report(self, terms: list[Terms], writer: MetricsWriter | None) -> None:
         """Metrics of this step (collective); speeds are means since the last report."""
-        self.meet_bad_samples()
+        self.world.agree(self.meet_bad_samples())
         means = mean_terms(terms, self.world.sum)
         grad_norm = float(self.engine.grad_norm())
         speed = self.clock.report()
@@ -151,7 +156,7 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "lr": learning_rate(self.config, self.step),
                 "skipped_steps": self.engine.skipped_steps,
-                "bad_samples": len(self.bad_samples),
+                "bad_samples": count_bad(self.bad_samples, 1)[0],
                 "clips_per_s": per_second,
                 "tokens_per_s": per_second * self.job.tokens_per_clip,
                 "tflops_per_gpu": flops / 1e12,
@@ -165,7 +170,7 @@ class Trainer:
 
     def save(self, writer: MetricsWriter | None) -> None:
         """Write a checkpoint (collective)."""
-        self.meet_bad_samples()
+        mistake = self.meet_bad_samples()
         if writer is not None:
             writer.flush()
         path = checkpoint.save(
@@ -173,6 +178,7 @@ class Trainer:
         )
         if self.world.is_main:
             log.info("checkpoint %s", path)
+        self.world.agree(mistake)
 
     def state(self) -> checkpoint.State:
         """What a checkpoint says of this moment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ardiff import cli
-from ardiff.config import Config, TrainConfig
+from ardiff.config import Config, TrainConfig, to_yaml
 from ardiff.errors import EchoedError, UserError
 from ardiff.training import distributed, run_dir
 from ardiff.training.engine import accumulation_steps, read_ds_config
@@ -77,6 +78,14 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixe
     world.agree(mistake)
     assert prepared is not None
     folder, config, ds_settings, job = prepared
+    world.require_equal(
+        {
+            "data": f"{job.data.identity[:16]} ({len(job.data)} videos, {job.data.visits_per_epoch} clips)",
+            "data.order": job.data.order,
+            "the latent space": "none" if job.latent_space is None else job.latent_space.arvae_id,
+            "the configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
+        }
+    )
     world.from_main(lambda: run_dir.lock(folder))
     global _run_dir_is_ours
     _run_dir_is_ours = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 
 from ardiff.data.corpus import OK, CorpusEntry
 from data_tools.scanning.inputs import Source
@@ -58,23 +60,46 @@ def make_entries(sources: Sequence[Source], results: Sequence[Result], rules: En
 
 
 def keep_captions(entries: Sequence[CorpusEntry], earlier: Sequence[CorpusEntry]) -> tuple[list[CorpusEntry], int]:
-    """Give entries without a caption that of the same frames in an earlier corpus.
+    """Give entries without a caption that of the same frames in an earlier corpus, wherever their file lies now.
 
     Returns also the number of captions there that no entry of the same video has now.
     """
-
-    def key(entry: CorpusEntry) -> tuple[str, str | None, int, int]:
-        return entry.path, entry.sha256, entry.first_frame, entry.num_frames
-
-    captions = {key(entry): entry.caption for entry in earlier if entry.caption is not None}
+    known: dict[tuple[str, int, int], list[CorpusEntry]] = {}
+    for entry in earlier:
+        known.setdefault(_content(entry), []).append(entry)
     kept = [
-        replace(entry, caption=captions[key(entry)]) if entry.caption is None and key(entry) in captions else entry
+        replace(entry, caption=_nearest(entry.path, known[_content(entry)]).caption)
+        if entry.caption is None and _content(entry) in known
+        else entry
         for entry in entries
     ]
-    present = {(entry.path, entry.caption) for entry in kept}
-    paths = {entry.path for entry in kept}
-    lost = sum(found[0] in paths and (found[0], caption) not in present for found, caption in captions.items())
+    present = {(video, entry.caption) for entry in kept for video in (entry.path, entry.sha256)}
+    lost = sum(
+        entry.caption is not None
+        and (entry.path, entry.caption) not in present
+        and (entry.sha256 is None or (entry.sha256, entry.caption) not in present)
+        for entry in earlier
+    )
     return kept, lost
+
+
+def _content(entry: CorpusEntry) -> tuple[str, int, int]:
+    """What entries of the same frames have in common."""
+    return entry.sha256 or entry.path, entry.first_frame, entry.num_frames
+
+
+def _nearest(path: str, entries: Sequence[CorpusEntry]) -> CorpusEntry:
+    """Which of the entries with some content `path` was, should it have been moved: the path itself if it is there.
+
+    Otherwise the one whose path has most of the end in common; then one with a caption; then the first.
+    """
+
+    def likeness(entry: CorpusEntry) -> tuple[bool, int, bool]:
+        pairs = zip(reversed(Path(entry.path).parts), reversed(Path(path).parts), strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return entry.path == path, common, entry.caption is not None
+
+    return max(entries, key=likeness)
 
 
 def _drafts(number: int, source: Source, result: Result, rules: EntryRules) -> list[_Draft]:

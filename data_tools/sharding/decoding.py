@@ -19,6 +19,7 @@ from ardiff.files import sha256
 from ardiff.video import VideoError, fingerprint, frames_at, resize_and_crop
 from data_tools.sharding.sampling import Rate, Source
 
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow opens no others: for some it would start other programs
 CHUNK_BYTES = 4 << 20  # what is sent at a time: large enough that sending costs little, small enough to be at hand soon
 
 
@@ -124,7 +125,7 @@ def _pictures(item: PicturesItem, report: Report) -> Iterator[np.ndarray]:
 
 def _picture(path: Path, key: str, data: bytes, size: int) -> np.ndarray:
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.size != (size, size):  # before it is decoded: it may claim to be of any size
             raise ValueError(f"{picture.size[0]} x {picture.size[1]} pixels instead of {size} x {size}")
         return np.asarray(picture.convert("RGB"))

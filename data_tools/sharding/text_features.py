@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ardiff.data.text import half_features
 from ardiff.errors import UserError
 
 HEADER = 128  # bytes of a .npy file before its numbers
@@ -64,12 +65,7 @@ class TextFeatures:
             array = np.load(name, allow_pickle=False) if self._archive is None else self._archive[key]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"--text {name}: cannot be read ({error})") from error
-        if array.ndim != 2 or 0 in array.shape or array.dtype not in (np.float16, np.float32):
-            raise UserError(f"--text {name}: must be float16 or float32 [tokens, D], is {array.dtype} {array.shape}")
-        if self.dim and array.shape[1] != self.dim:
-            raise UserError(f"--text {name}: has {array.shape[1]} numbers per token, but others have {self.dim}")
-        with np.errstate(over="ignore"):
-            half = array.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise UserError(f"--text {name}: holds numbers that are not finite in float16")
+        half = half_features(name, array)
+        if self.dim and half.shape[1] != self.dim:
+            raise UserError(f"--text {name}: has {half.shape[1]} numbers per token, but others have {self.dim}")
         return half

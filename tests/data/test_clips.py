@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -7,7 +8,7 @@ from data_helpers import all_latents, decoded, picture, write_frames, write_late
 
 from ardiff.config import load
 from ardiff.data import dataset
-from ardiff.data.clips import FrameClips, LatentClips, Rows
+from ardiff.data.clips import BadSample, FrameClips, LatentClips, Rows, count_bad
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture, open_data
@@ -15,6 +16,7 @@ from ardiff.data.plan import Plan
 from ardiff.data.shards import Moments, Sample, encode_array, parse_index, write_manifest, write_shard
 from ardiff.data.stream import BatchStream
 from ardiff.errors import UserError
+from ardiff.files import sha256
 from ardiff.randomness import Stream, hashed, uniforms
 
 FRAMES, TOKENS, CHANNELS = 4, 2, 4
@@ -173,6 +175,17 @@ def test_nothing_but_bad_samples_ends_the_run(folder):
         clips(rows_of(data))
 
 
+def test_bad_samples_are_counted_by_position_and_in_a_row():
+    def at(*positions):
+        return [BadSample(position, "x.tar", 0, "why") for position in positions]
+
+    assert count_bad(at(), 1) == (0, 0)
+    assert count_bad(at(5, 5, 5), 1) == (1, 1)  # a substitute that was bad as well is no other sample
+    assert count_bad(at(9, 3, 4, 5, 1), 1) == (5, 3)
+    assert count_bad(at(0, 4, 8, 1), 4) == (4, 3)  # three in a row in lane 0
+    assert count_bad(at(*range(50)), 1) == (50, 50)
+
+
 def write_rich(folder, dim=3):
     """Latents with mirrored ones and texts of different lengths."""
     entries, moments = [], Moments(CHANNELS)
@@ -276,3 +289,27 @@ def test_pictures_are_mirrored_checked_and_replaced(tmp_path):
     assert {bad.position for bad in result.bad} == set(rows.visits.position[hit].tolist())
     assert all("checksum of this picture" in bad.reason for bad in result.bad)
     assert torch.equal(result.tensors["video"][~torch.from_numpy(hit)], video[~torch.from_numpy(hit)])
+
+
+def rewrite_index(folder, change):
+    """Let somebody change the index of the first shard and make its checksum fit."""
+    path = folder / "latents-000000.index.npy"
+    rows = parse_index(path.read_bytes()).copy()
+    change(rows)
+    np.save(path, rows)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["index_sha256"] = sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("member", [1, 2])
+def test_arrays_that_do_not_fit_their_latents_are_refused(tmp_path, member):
+    write_rich(tmp_path)
+
+    def change(rows):
+        row = np.flatnonzero(rows["member"] == member)[1]
+        rows["frames"][row], rows["bytes"][row] = {1: (7, 7 * 2 * TOKENS * CHANNELS), 2: (4, 4 * 2 * 3)}[member]
+
+    rewrite_index(tmp_path, change)
+    with pytest.raises(UserError, match=r"latents-000000.index.npy: does not describe latents-000000.tar"):
+        opened(tmp_path)

@@ -246,8 +246,13 @@ def test_a_shard_set_can_be_built_from_a_manifest(folder):
     [
         ({"tokens": None}, "says nothing of tokens"),
         ({"arvae": None}, "says nothing of arvae"),
-        ({"samples": "two"}, "does not fit its shards"),
-        ({"file": 3}, "does not fit its shards"),
+        ({"samples": "two"}, "entry of 'latents-000000.tar' is malformed"),
+        ({"file": 3}, "entry of '3' is malformed"),
+        ({"file": "../latents-000000.tar"}, "is malformed"),
+        ({"sha256": "/tmp/elsewhere"}, "is malformed"),
+        ({"bytes": True}, "is malformed"),
+        ({"mean": [0.0]}, "'mean' is not a list of 4 numbers"),
+        ({"std": [float("nan")] * 4}, "'std' is not a list of 4 numbers"),
     ],
 )
 def test_a_manifest_edited_by_hand_is_refused_in_one_line(tmp_path, change, named):
@@ -257,6 +262,8 @@ def test_a_manifest_edited_by_hand_is_refused_in_one_line(tmp_path, change, name
     for key, new in change.items():
         if new is None:
             del value[key]
+        elif key in value:
+            value[key] = new
         else:
             value["shards"][0][key] = new
     path.write_text(json.dumps(value))

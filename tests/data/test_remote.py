@@ -206,6 +206,48 @@ def test_what_a_killed_process_left_is_cleared_and_not_counted(server, tmp_path)
     assert not left.exists() and not half.exists()
 
 
+def test_reservations_of_the_dead_are_nobodys_whatever_their_host(server, folder, tmp_path):
+    ShardCache(tmp_path, GB)
+    left = tmp_path / f".{'a' * 64}.room"
+    left.touch()
+    os.truncate(left, GB)
+    half = tmp_path / f".{'b' * 64}.tar.tmp.another-host.1"  # the id of a process that lives here
+    half.write_bytes(b"half")
+    assert same(read_all(open_shards(server.url, "latents", ShardCache(tmp_path, 10**6))), all_latents())
+    assert not left.exists() and not half.exists()
+
+
+def test_an_outage_makes_no_bad_samples(server, tmp_path, monkeypatch, caplog):
+    shards = open_shards(server.url, "latents", ShardCache(tmp_path, GB))
+    server.faults["latents-000000.tar"] = ["refuse"] * 30
+    assert same(read_all(shards), all_latents())
+    assert "trying again" in caplog.text
+    server.faults["latents-000001.tar"] = ["refuse"] * 10**6
+    (tmp_path / f"{shards.manifest.shards[1].sha256}.tar").unlink()
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    with pytest.raises(UserError, match=r"latents-000001.tar: cannot be reached for 0 s") as caught:
+        shards.read_latents(3, 0, 1)
+    assert not isinstance(caught.value, ShardError)  # it would be replaced by a substitute
+    server.faults.clear()
+    assert same(read_all(shards), all_latents())
+
+
+def test_a_full_disk_is_the_users_to_mend(server, tmp_path, monkeypatch):
+    import fsspec
+
+    shards = open_shards(server.url, "latents", ShardCache(tmp_path, GB))
+
+    class Full:
+        def get_file(self, *_):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.core, "url_to_fs", lambda url: (Full(), url))
+        with pytest.raises(UserError, match=r"data.cache_dir .*: No space left on device; see data.cache_gb"):
+            shards.read_latents(0, 0, 1)
+    assert same(read_all(shards), all_latents())
+
+
 def test_a_damaged_copy_in_the_cache_is_replaced(server, folder, tmp_path):
     name = open_shards(folder, "latents").manifest.shards[0].sha256
     (tmp_path / f"{name}.tar").write_bytes(b"half of it")
@@ -247,7 +289,7 @@ def test_a_cache_too_small_for_a_global_shuffle_is_told(server, folder, tmp_path
     assert not warnings("data.cache_gb=0.001")
     monkeypatch.setattr("ardiff.data.mixture.ShardCache", lambda place, _: ShardCache(place, needed - 1))
     assert "do not fit data.cache_gb" in warnings()
-    assert not warnings("data.order=lanes", "data.lanes=4")
+    assert "less than two shards for each of the 4 lanes" in warnings("data.order=lanes", "data.lanes=4")
 
 
 def test_what_is_not_there_is_named(server, tmp_path):

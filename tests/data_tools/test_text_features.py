@@ -64,6 +64,14 @@ def test_unusable_features_are_refused(folder, array, message):
         features.read("000002")
 
 
+def test_what_is_no_array_is_refused(folder):
+    features = TextFeatures(folder, KEYS)
+    with (folder / "000002.npy").open("wb") as stream:
+        np.savez(stream, a=np.zeros((2, 6)))
+    with pytest.raises(UserError, match=rf"--text {folder}/000002.npy: must be one .* array .*, is NpzFile"):
+        features.read("000002")
+
+
 def test_neither_folder_nor_archive(folder):
     (folder / "notes.txt").write_text("no")
     for name in ("notes.txt", "nothing"):

@@ -146,8 +146,8 @@ DAMAGE = {
         ["manifest.json: not a manifest of shards"],
     ),
     "absurd manifest": (
-        lambda folder: rewrite(folder / "manifest.json", lambda value: value["shards"][0].update(samples=-1)),
-        ["manifest.json: samples of latents-000000.tar must be a whole number above 0"],
+        lambda folder: rewrite(folder / "manifest.json", lambda value: value.update(tokens=0)),
+        ["manifest.json: tokens must be a whole number above 0"],
     ),
     "wrong mean": (
         lambda folder: rewrite(folder / "manifest.json", lambda value: value["mean"].__setitem__(2, 0.5)),
