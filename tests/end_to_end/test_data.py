@@ -126,6 +126,28 @@ def test_lanes_give_one_and_two_ranks_the_same_curve(tmp_path, shards):
     assert "train.global_batch_size = 8 must be a multiple of data.lanes = 3" in output
 
 
+def test_ranks_with_different_data_are_refused(tmp_path, shards):
+    """As with a stale copy on the disk of one node."""
+    stale = tmp_path / "stale"
+    write_latents(stale, LENGTHS[:2])
+    script = tmp_path / "rank1.py"
+    script.write_text(
+        "import os, sys, runpy\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"    sys.argv[sys.argv.index('--data.shards') + 1] = {str(stale)!r}\n"
+        "sys.argv[0] = 'launch/train.py'\n"
+        "runpy.run_path('launch/train.py', run_name='__main__')\n"
+    )
+    command = train(tmp_path / "run", shards, "--train.max_steps", "3")
+    command[command.index("launch/train.py")] = str(script)
+    code, output = run(command, timeout=120)
+    assert code != 0
+    errors = [line for line in output.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, output
+    assert "data of rank 0 is" in errors[0] and "but of rank 1" in errors[0] and "6 videos" in errors[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
