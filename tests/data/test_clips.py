@@ -146,7 +146,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_no_crash(folder, monkeypatch):
 
 
 def test_a_failing_disk_is_asked_again_and_then_named(folder, monkeypatch):
-    data, clips = opened(folder)
+    data, clips = opened(folder, "data.verify=true")  # which reads, where otherwise memory maps are used
     expected = clips(rows_of(data)).tensors["latents"]
     real, calls, pauses = dataset.os.preadv, [], []
 
