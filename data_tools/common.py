@@ -47,6 +47,11 @@ def claim_folder(
         raise UserError(f"--out {folder}: holds files of something else ({existing.name}); choose another --out")
     known = known or {}
     derived = known.pop(DERIVED, None)
+    if existing is None and known and known.keys() != settings.keys():
+        raise UserError(
+            f"--out {folder}: was set up by another program or with other options (see its {SETTINGS}); choose another "
+            "--out or delete that file"
+        )
     changed = [
         f"{key} {known.get(key)} -> {settings.get(key)}"
         for key in sorted({*known, *settings})

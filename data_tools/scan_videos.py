@@ -105,6 +105,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{lost} captions belong to scenes that are not in the corpus any more; they are kept in {previous}",
             file=sys.stderr,
         )
+    if not any(entry.ok for entry in entries) and any(entry.ok for entry in earlier):
+        _print_rejected(entries)
+        raise UserError(f"none of the {len(entries)} videos is usable; {out} is left as it was")
     write_corpus(out, entries)
     kept.finish(result for result in results if result.sha256 is not None)
     return _summarize(out, entries)
@@ -232,11 +235,7 @@ def _scene_settings(options: Any) -> SceneSettings:
 def _summarize(out: Path, entries: Sequence[CorpusEntry]) -> int:
     """Print what was found; returns the exit code. Raises UserError when nothing is usable."""
     usable = [entry for entry in entries if entry.ok]
-    for entry in entries:
-        if not entry.ok:
-            end = entry.first_frame + entry.num_frames - 1
-            where = f", frames {entry.first_frame} to {end}" if entry.num_frames else ""
-            print(f"rejected {entry.path}{where}: {entry.status}", file=sys.stderr)
+    _print_rejected(entries)
     splits = Counter(entry.split for entry in usable)
     parts = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split] or split != "test")
     videos = len({entry.path for entry in usable})
@@ -252,6 +251,14 @@ def _summarize(out: Path, entries: Sequence[CorpusEntry]) -> int:
     if not usable:
         raise UserError(f"none of the {len(entries)} videos is usable")
     return cli.EXIT_OK
+
+
+def _print_rejected(entries: Sequence[CorpusEntry]) -> None:
+    for entry in entries:
+        if not entry.ok:
+            end = entry.first_frame + entry.num_frames - 1
+            where = f", frames {entry.first_frame} to {end}" if entry.num_frames else ""
+            print(f"rejected {entry.path}{where}: {entry.status}", file=sys.stderr)
 
 
 if __name__ == "__main__":

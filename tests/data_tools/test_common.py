@@ -71,3 +71,12 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch, capsys):
     assert re.fullmatch(r"324 of 1000 frames, 4.0 frames/s, 02:49 left", lines[0])
     Progress(total=5, shown=False).add(5)
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_another_program_is_left_alone(tmp_path):
+    claim_folder(tmp_path, {"size": 1, "seed": 2}, results="*.mp4")
+    before = (tmp_path / "settings.json").read_bytes()
+    with pytest.raises(UserError, match="was set up by another program"):
+        claim_folder(tmp_path, {"size": 1, "stride": 2}, results="*.tar")
+    assert (tmp_path / "settings.json").read_bytes() == before
+    claim_folder(tmp_path, {"size": 3, "seed": 2}, results="*.mp4")  # nothing was made with the first ones

@@ -383,3 +383,13 @@ def test_real_videos(tmp_path, capsys):
     assert not by_name["bikes.mp4"][5].ok  # too short
     assert {entry.duplicate_of for entry in entries} == {None}
     assert "corrupted.mp4: frame " in capsys.readouterr().err
+
+
+def test_a_scan_that_finds_nothing_leaves_an_earlier_corpus_alone(corpus, tmp_path, capsys):
+    out = tmp_path / "corpus.jsonl"
+    out.write_bytes(corpus.read_bytes())
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(UserError, match=r"none of the 1 videos is usable; .*corpus.jsonl is left as it was"):
+        scan_videos.main([str(tmp_path / "text.mp4"), "--out", str(out), "--workers", "1"])
+    assert out.read_bytes() == corpus.read_bytes()
+    assert "text.mp4" in capsys.readouterr().err
