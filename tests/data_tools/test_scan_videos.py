@@ -328,10 +328,10 @@ def test_single_files_short_videos_and_labels(videos, tmp_path, capsys):
     ]
     assert {entry.label for entry in entries} == {None}
     with pytest.raises(UserError, match="none of the 5 videos is usable"):
-        scan_videos.main([*files, "--out", str(out), "--workers", "1", "--min_frames", "9"])
+        scan_videos.main([*files, "--out", str(tmp_path / "d.jsonl"), "--workers", "1", "--min_frames", "9"])
     assert "00002.mp4, frames 0 to 7: has 8 frames, fewer than --min_frames 9" in capsys.readouterr().err
     with pytest.raises(UserError, match="none of its 5 videos is usable"):
-        usable(out, read_corpus(out))
+        usable(tmp_path / "d.jsonl", read_corpus(tmp_path / "d.jsonl"))
     assert scan_videos.main([*files, "--out", str(out), "--workers", "1", "--min_frames", "8"]) == 0
 
 
