@@ -97,7 +97,7 @@ class DataConfig:
     flip_probability: float = 0.0  # share of clips that are mirrored
     normalize: str = one_of("unit", "standardize", "none")  # unit: each token to length 1, as the reference
     arvae: str | None = None  # decodes samples; None: the one named in the manifest
-    prefetch: int = 4  # global batches prepared ahead
+    prefetch: int = 4  # global batches prepared ahead, at least (small ones are made several at a time)
     decode_threads: int = 2  # per rank, for pictures
     verify: bool = False  # compare the checksum of a video whenever a clip of it is read
     max_bad_fraction: float = 1e-4  # more bad samples than this share end the run

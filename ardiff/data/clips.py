@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,49 +49,49 @@ def count_bad(samples: Sequence[BadSample], lanes: int) -> tuple[int, int]:
     return len(places), longest
 
 
-class Rows(NamedTuple):
-    """A stretch of a global batch: rows first_row ... of the batch at `position` with `size` samples."""
-
-    visits: Visits
-    position: int
-    size: int
-    first_row: int
-
-
 @dataclass
 class Clips:
-    """The tensors of some rows, and the samples among them that were replaced."""
+    """The tensors of some visits, and the samples among them that were replaced."""
 
     tensors: dict[str, Tensor]
     bad: list[BadSample] = field(default_factory=list)
 
 
-Collate = Callable[[Rows], Clips]
+class Collate(Protocol):
+    """Makes tensors of visits, the same ones whichever visits are made together."""
+
+    at_once: int  # samples that are best made at a time; 1 where there is nothing to gain by more than a micro-batch
+
+    def __call__(self, planned: Visits, /) -> Clips:
+        """The clips of these visits, or of others where one cannot be read."""
+        ...
+
+
 # Fills the given rows from the visits; returns those that could not be filled, with the reason.
 Read = Callable[[np.ndarray, Visits], list[tuple[int, ShardError]]]
 
 
-def read_rows(data: Mixture, rows: Rows, read: Read) -> tuple[Visits, list[BadSample]]:
-    """Read all rows, with substitutes where that fails; returns the visits that were used at last.
+def read_rows(data: Mixture, planned: Visits, read: Read) -> tuple[Visits, list[BadSample]]:
+    """Read all visits, with substitutes where that fails; returns the visits that were used at last.
 
     Raises UserError when BAD_IN_A_ROW samples in a row fail.
     """
-    failed = read(np.arange(len(rows.visits.video)), rows.visits)
+    failed = read(np.arange(len(planned.video)), planned)
     if not failed:
-        return rows.visits, []
-    visits = Visits(*(column.copy() for column in rows.visits))
+        return planned, []
+    visits = Visits(*(column.copy() for column in planned))
     bad: list[BadSample] = []
     for row, error in sorted(failed, key=lambda failure: failure[0]):
         bad.append(BadSample(int(visits.position[row]), error.path, error.offset, error.reason))
-        _substitute(data, rows, row, visits, read, bad)
+        _substitute(data, row, visits, read, bad)
     return visits, bad
 
 
-def _substitute(data: Mixture, rows: Rows, row: int, visits: Visits, read: Read, bad: list[BadSample]) -> None:
+def _substitute(data: Mixture, row: int, visits: Visits, read: Read, bad: list[BadSample]) -> None:
     """Put another clip, of at least as many frames, into a row."""
     frames, failures = visits.num_frames[row], 1
     for attempt in range(4096):
-        other = data.substitutes(rows.position, rows.size, np.array([rows.first_row + row]), attempt)
+        other = data.substitutes(visits.position[row : row + 1], attempt)
         if other.num_frames[0] < frames:
             continue
         visits.video[row], visits.first_frame[row] = other.video[0], other.first_frame[0]
@@ -112,13 +112,15 @@ def _substitute(data: Mixture, rows: Rows, row: int, visits: Visits, read: Read,
 class LatentClips:
     """Clips of latents with their noise, timesteps, labels and text: what the diffusion objective reads."""
 
+    at_once = 256  # clips of 4 kB, for which a call in Python costs as much as the copy
+
     def __init__(self, data: Mixture, space: LatentSpace, config: Config) -> None:
         self.data, self.space, self.config = data, space, config
 
-    def __call__(self, rows: Rows) -> Clips:
+    def __call__(self, visits: Visits) -> Clips:
         """latents, noise [B, F, L, C]; timesteps, mask [B, F]; label [B]; context [B, N, D]."""
-        model, seed, positions = self.config.model, self.config.train.seed, rows.visits.position
-        latents, text, visits, bad = self.read(rows)
+        model, seed, positions = self.config.model, self.config.train.seed, visits.position
+        latents, text, visits, bad = self.read(visits)
         noise = np.empty(latents.shape, dtype=np.float32)
         for i, position in enumerate(positions.tolist()):
             noise[i] = normals(seed, Stream.NOISE, position, noise.shape[1:])
@@ -142,16 +144,16 @@ class LatentClips:
             tensors["label"] = torch.from_numpy(np.where(dropped | (label < 0), model.num_classes, label))
         return Clips(tensors, bad)
 
-    def read(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, Visits, list[BadSample]]:
+    def read(self, planned: Visits) -> tuple[np.ndarray, np.ndarray, Visits, list[BadSample]]:
         """What lies on disk: latents float16 [B, F, L, C], zero beyond the end of a video, and the text features
         float32 [B, N, D], zero beyond the end of a text (N = 0 for models without text).
         """
         model = self.config.model
-        shape = (len(rows.visits.video), model.num_frames, model.tokens_per_frame, model.in_channels)
-        latents = np.zeros(shape, dtype=np.float16)
+        shape = (len(planned.video), model.num_frames, model.tokens_per_frame, model.in_channels)
+        latents = np.empty(shape, dtype=np.float16)
         tokens = self.data.text_tokens if model.context_dim else 0
         text = np.zeros((shape[0], tokens, model.context_dim), dtype=np.float32)
-        flipped = _flips(self.config, rows.visits.position)
+        flipped = _flips(self.config, planned.position)
 
         def fill(chosen: np.ndarray, visits: Visits) -> list[tuple[int, ShardError]]:
             if len(chosen) == len(latents):
@@ -166,13 +168,15 @@ class LatentClips:
                 failed += self._fill_text(text, [row for row in chosen.tolist() if row not in lost], visits)
             return failed
 
-        visits, bad = read_rows(self.data, rows, fill)
+        visits, bad = read_rows(self.data, planned, fill)
         return latents, text, visits, bad
 
     def _fill_latents(self, latents: np.ndarray, visits: Visits, flipped: np.ndarray) -> list[tuple[int, ShardError]]:
         stride = self.config.data.stride
         failed = self.data.read_clips(latents, visits.video, visits.first_frame, visits.num_frames, stride, flipped)
-        if ((latents.view(np.uint16) & INFINITE) == INFINITE).any():
+        for row in np.flatnonzero(visits.num_frames < latents.shape[1]).tolist():
+            latents[row, visits.num_frames[row] :] = 0
+        if (latents.view(np.uint16) & INFINITE).max() == INFINITE:
             known = {row for row, _ in failed}
             for row in np.flatnonzero(~np.isfinite(latents).all(axis=(1, 2, 3))).tolist():
                 if row not in known:
@@ -199,13 +203,15 @@ class LatentClips:
 class FrameClips:
     """Clips of pictures with the noise of the posterior: what the reconstruction objective reads."""
 
+    at_once = 1
+
     def __init__(self, data: Mixture, config: Config, num_frames: int) -> None:
         self.data, self.config, self.num_frames = data, config, num_frames
         self._pool = ThreadPoolExecutor(config.data.decode_threads, "pictures")
 
-    def __call__(self, rows: Rows) -> Clips:
+    def __call__(self, planned: Visits) -> Clips:
         """video [B, F, 3, H, W] in [0, 1]; noise [B, F, L, C]; mask [B, F]."""
-        vae, seed, positions = self.config.vae, self.config.train.seed, rows.visits.position
+        vae, seed, positions = self.config.vae, self.config.train.seed, planned.position
         video = np.zeros((len(positions), self.num_frames, vae.image_size, vae.image_size, 3), np.uint8)
         noise = np.empty((len(positions), self.num_frames, vae.num_tokens, vae.channels), dtype=np.float32)
         flipped, stride = _flips(self.config, positions), self.config.data.stride
@@ -222,7 +228,7 @@ class FrameClips:
             results = self._pool.map(lambda row: one(row, visits), chosen.tolist())
             return [failure for failure in results if failure is not None]
 
-        visits, bad = read_rows(self.data, rows, fill)
+        visits, bad = read_rows(self.data, planned, fill)
         for i, position in enumerate(positions.tolist()):
             noise[i] = normals(seed, Stream.POSTERIOR, position, noise.shape[1:])
         tensors = {

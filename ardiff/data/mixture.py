@@ -164,10 +164,9 @@ class Mixture:
         """The clips at positions position .. position + size - 1; see `Plan.visits`."""
         return self._gather(places(position, size, self.lanes), None)
 
-    def substitutes(self, position: int, size: int, chosen: np.ndarray, attempt: int) -> Visits:
-        """Other clips for the rows `chosen` of `visits(position, size)`, from the same sets and lanes."""
-        where = places(position, size, self.lanes)
-        return self._gather(Places(*(column[chosen] for column in where)), attempt)
+    def substitutes(self, positions: np.ndarray, attempt: int) -> Visits:
+        """Other clips for the samples at these positions [n], from the same sets and lanes."""
+        return self._gather(Places(positions % self.lanes, positions // self.lanes, positions), attempt)
 
     def _gather(self, where: Places, attempt: int | None) -> Visits:
         if len(self.plans) == 1:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ardiff.data.clips import BadSample, Collate, Rows
+from ardiff.data.clips import BadSample, Collate
 from ardiff.data.mixture import Mixture
 from ardiff.data.plan import Visits
 
 log = logging.getLogger("ardiff")
 PLANNED = 4096  # visits worked out at a time: the arithmetic is quicker for many
-BUNDLED = 64  # samples of a rank that are handed over at a time, at least
 LOOKAHEAD = 64  # global batches ahead of which shards are fetched into the cache
 
 
@@ -60,13 +59,13 @@ class BatchStream:
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self._position = position
-        self._planned: tuple[int, list[Visits]] = (position, [])  # where they begin, one per global batch
-        # A handover between threads costs as much as reading several clips, so small batches go in bundles, through
-        # two queues in C (what is ready, and permits to make more) instead of one bounded queue in Python.
-        self._bundle = max(1, min(prefetch, BUNDLED * world_size // global_batch_size))
+        self._planned: tuple[int, Visits] | None = None  # where they begin; columns [batches, global_batch_size]
+        # Planning, reading and the handover between threads cost as much for one small batch as for several: they go
+        # in bundles, through two queues in C (what is ready, and permits to make more).
+        self._bundle = max(1, collate.at_once * world_size // global_batch_size)
         self._ready: queue.SimpleQueue[list[GlobalBatch | BaseException]] = queue.SimpleQueue()
         self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(max(1, prefetch // self._bundle)):
+        for _ in range(max(1, -(-prefetch // self._bundle))):
             self._permits.put(None)
         self._at_hand: list[GlobalBatch | BaseException] = []  # of the consumer, the next one last
         self._closed = threading.Event()
@@ -99,53 +98,71 @@ class BatchStream:
         self._permits.put(None)
         self._threads[0].join(timeout=10)  # one that waits for a store that is out of reach is left to itself
 
-    def read(self, position: int) -> GlobalBatch:
-        """This rank's share of the global batch that begins at `position`."""
-        visits = self._visits(position)
-        size = self.micro_batch_size
-        share = self.global_batch_size // self.world_size
-        batch = GlobalBatch(position, self.global_batch_size, int(visits.num_frames.sum()), [])
-        for start in range(self.rank * share, (self.rank + 1) * share, size):
-            part = Visits(*(column[start : start + size] for column in visits))
-            clips = self.collate(Rows(part, position, self.global_batch_size, start))
-            tensors = clips.tensors
-            if self.pin_memory:
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-            batch.micro_batches.append(tensors)
-            batch.bad += clips.bad
-        return batch
+    def read(self, position: int, batches: int = 1) -> list[GlobalBatch]:
+        """This rank's share of the global batches that begin at `position`."""
+        planned = self._visits(position, batches)
+        share, size = self.global_batch_size // self.world_size, self.micro_batch_size
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        at_once = max(1, self.collate.at_once // size) * size
+        pieces: list[dict[str, Tensor]] = []
+        bad: list[BadSample] = []
+        columns = [column[:, own].reshape(-1) for column in planned]
+        for start in range(0, batches * share, at_once):
+            clips = self.collate(Visits(*(column[start : start + at_once] for column in columns)))
+            pieces += self._micro_batches(clips.tensors)
+            bad += clips.bad
+        num_frames, each = planned.num_frames.sum(axis=1).tolist(), share // size
+        found = []
+        for number in range(batches):
+            first = position + number * self.global_batch_size
+            mine = [sample for sample in bad if first <= sample.position < first + self.global_batch_size]
+            micro_batches = pieces[number * each : (number + 1) * each]
+            found.append(GlobalBatch(first, self.global_batch_size, num_frames[number], micro_batches, mine))
+        return found
 
-    def _visits(self, position: int) -> Visits:
-        """All visits of a global batch; several batches are planned at once."""
+    def _micro_batches(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        if self.pin_memory:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        parts = [tensor.split(self.micro_batch_size) for tensor in tensors.values()]
+        return [dict(zip(tensors, part, strict=True)) for part in zip(*parts, strict=True)]
+
+    def _visits(self, position: int, batches: int) -> Visits:
+        """All visits of global batches in a row: columns [batches, global_batch_size]. More are planned at once."""
         size = self.global_batch_size
-        start, planned = self._planned
-        number = (position - start) // size
-        if (position - start) % size or not 0 <= number < len(planned):
-            count = max(1, PLANNED // size)
-            planned = self._split(self.data.visits(position, count * size), count)
-            self._planned, number = (position, planned), 0
-        return planned[number]
+        if self._planned is not None:
+            start, planned = self._planned
+            number = (position - start) // size
+            if (position - start) % size == 0 and number >= 0 and number + batches <= len(planned.video):
+                return Visits(*(column[number : number + batches] for column in planned))
+        count = max(batches, PLANNED // size // batches * batches)
+        planned = self._split(self.data.visits(position, count * size), count)
+        self._planned = (position, planned)
+        return Visits(*(column[:batches] for column in planned))
 
-    def _split(self, visits: Visits, count: int) -> list[Visits]:
-        """The visits of `count` global batches in a row, which are sorted by lane, as one `Visits` for each batch."""
+    def _split(self, visits: Visits, count: int) -> Visits:
+        """The visits of `count` global batches in a row, which are sorted by lane, as columns [count, batch]."""
         lanes = self.data.lanes
-        columns = [column.reshape(lanes, count, -1).transpose(1, 0, 2).reshape(count, -1) for column in visits]
-        return [Visits(*(column[number] for column in columns)) for number in range(count)]
+        return Visits(*(column.reshape(lanes, count, -1).transpose(1, 0, 2).reshape(count, -1) for column in visits))
 
     def _produce(self) -> None:
+        batches = 1  # the first one should not wait for others
         while True:
             self._permits.get()
             if self._closed.is_set():
                 return
             bundle: list[GlobalBatch | BaseException] = []
-            for _ in range(self._bundle):
-                try:
-                    bundle.append(self.read(self._position))
-                except BaseException as error:  # whatever it is belongs to the consumer
-                    self._ready.put([*bundle, error])
-                    return
-                self._position += self.global_batch_size
+            try:
+                bundle += self.read(self._position, batches)
+            except BaseException:  # one by one, for the batch that it belongs to
+                for number in range(batches):
+                    try:
+                        bundle += self.read(self._position + number * self.global_batch_size)
+                    except BaseException as error:
+                        self._ready.put([*bundle, error])
+                        return
+            self._position += batches * self.global_batch_size
             self._ready.put(bundle)
+            batches = self._bundle
 
     def _fetch_ahead(self) -> None:
         """Bring the shards of this rank's next batches into the cache before they are read."""

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from ardiff.config import Config
-from ardiff.data.clips import Clips, LatentClips, Rows
+from ardiff.data.clips import Clips, Collate, LatentClips
 from ardiff.data.mixture import Mixture, open_data
+from ardiff.data.plan import Visits
 from ardiff.data.stream import BatchStream, GlobalBatch
 from tests.benchmarks.latent_sets import FRAMES
 from tests.benchmarks.readers import BATCH, CROP, configuration, training_clips
@@ -63,18 +64,26 @@ def shards_in_a_batch(data: Mixture) -> Check:
     return Check("order global: shards in a batch of 16, as at random", abs(found - expected) < 0.1 * expected, detail)
 
 
+class WithVisits:
+    """Collates the latents as they lie on the disk, and which ones they are."""
+
+    def __init__(self, clips: LatentClips) -> None:
+        self.clips, self.at_once = clips, clips.at_once
+
+    def __call__(self, planned: Visits) -> Clips:
+        """latents float16 [B, F, L, C]; video, first_frame [B]."""
+        latents, _, visits, bad = self.clips.read(planned)
+        tensors = {name: torch.from_numpy(getattr(visits, name)) for name in ("video", "first_frame")}
+        return Clips({"latents": torch.from_numpy(latents), **tensors}, bad)
+
+
 def same_bytes(data: Mixture, config: Config, array: Path, num_batches: int) -> Check:
     """What the loader delivers is what np.memmap reads of the same clips."""
     mapped = np.load(array, mmap_mode="r")
     clips = training_clips(data, config)
 
-    def collate(rows: Rows) -> Clips:
-        latents, _, visits, bad = clips.read(rows)
-        tensors = {name: torch.from_numpy(getattr(visits, name)) for name in ("video", "first_frame")}
-        return Clips({"latents": torch.from_numpy(latents), **tensors}, bad)
-
     equal, seen = True, 0
-    stream = _stream(data, collate, 0, 1, 0, 4)
+    stream = _stream(data, WithVisits(clips), 0, 1, 0, 4)
     for batch in (next(stream) for _ in range(num_batches)):
         for part in batch.micro_batches:
             rows = zip(part["latents"].numpy(), part["video"].tolist(), part["first_frame"].tolist(), strict=True)
@@ -108,10 +117,10 @@ def _all_equal(values: Sequence[object]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _stream(data: Mixture, collate: object, rank: int, ranks: int, position: int, prefetch: int) -> BatchStream:
+def _stream(data: Mixture, collate: Collate, rank: int, ranks: int, position: int, prefetch: int) -> BatchStream:
     return BatchStream(
         data,
-        collate,  # type: ignore[arg-type]
+        collate,
         global_batch_size=BATCH,
         micro_batch_size=MICRO,
         rank=rank,

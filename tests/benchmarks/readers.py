@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ardiff.config import Config, load
-from ardiff.data.clips import Clips, Collate, LatentClips, Rows
+from ardiff.data.clips import Clips, LatentClips
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture, open_data
+from ardiff.data.plan import Visits
 from ardiff.data.stream import BatchStream
 from tests.benchmarks.latent_sets import CHANNELS, CLASSES, FRAME_BYTES, FRAMES, TOKENS
 
@@ -68,20 +69,22 @@ def training_clips(data: Mixture, config: Config) -> LatentClips:
     return LatentClips(data, LatentSpace.of(data.manifest, config.data.normalize), config)
 
 
-def only_latents(clips: LatentClips) -> Collate:
-    """Collate the latents as they lie on the disk, and nothing else."""
+class OnlyLatents:
+    """Collates the latents as they lie on the disk, and nothing else."""
 
-    def collate(rows: Rows) -> Clips:
-        latents, _, _, bad = clips.read(rows)
+    def __init__(self, clips: LatentClips) -> None:
+        self.clips, self.at_once = clips, clips.at_once
+
+    def __call__(self, visits: Visits) -> Clips:
+        """latents float16 [B, F, L, C]."""
+        latents, _, _, bad = self.clips.read(visits)
         return Clips({"latents": torch.from_numpy(latents)}, bad)
-
-    return collate
 
 
 class Ours:
     """Passes through `BatchStream`; each goes on where the last one ended."""
 
-    def __init__(self, data: Mixture, collate: Collate, num_batches: int, prefetch: int) -> None:
+    def __init__(self, data: Mixture, collate: LatentClips | OnlyLatents, num_batches: int, prefetch: int) -> None:
         self.data, self.collate, self.num_batches, self.prefetch = data, collate, num_batches, prefetch
         self._position = 0
 
@@ -109,16 +112,17 @@ class Ours:
         """The same work in the calling thread."""
         stream = self._stream()
         stream.close()
-        for _ in range(self.num_batches):
-            yield stream.read(self._position)
-            self._position += BATCH
+        at_once = self.collate.at_once // BATCH
+        for _ in range(0, self.num_batches, at_once):
+            yield from stream.read(self._position, at_once)
+            self._position += at_once * BATCH
 
 
 def our_reader(name: str, config: Config, num_batches: int, *, full: bool = False, thread: bool = True) -> Reader:
     """Our loader as `config` says, for the latents alone or for everything that a training step gets."""
     data = open_data(config, "latents", CROP)
     clips = training_clips(data, config)
-    ours = Ours(data, clips if full else only_latents(clips), num_batches, config.data.prefetch)
+    ours = Ours(data, clips if full else OnlyLatents(clips), num_batches, config.data.prefetch)
     order = "permutation of all clips" if config.data.order == "global" else f"{config.data.lanes} lanes"
     return Reader(name, ours.threaded if thread else ours.unthreaded, order)
 

@@ -8,7 +8,7 @@ from data_helpers import all_latents, decoded, picture, write_frames, write_late
 
 from ardiff.config import load
 from ardiff.data import dataset
-from ardiff.data.clips import BadSample, FrameClips, LatentClips, Rows, count_bad
+from ardiff.data.clips import BadSample, FrameClips, LatentClips, count_bad
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture, open_data
@@ -36,7 +36,7 @@ def opened(folder, *overrides):
 
 
 def rows_of(data, position=0, size=200):
-    return Rows(data.visits(position, size), position, size, 0)
+    return data.visits(position, size)
 
 
 def overwrite(folder, video, value, shard=1):
@@ -71,7 +71,7 @@ def test_a_bad_sample_is_replaced_and_named(folder, damage, options, reason):
     whole = clips(rows_of(data)).tensors
     offset = overwrite(folder, 4, damage)
     result = clips(rows_of(data))
-    visits = rows_of(data).visits
+    visits = rows_of(data)
     hit = np.flatnonzero(visits.video == 12 + 4)
     assert len(hit) > 5
     assert [bad.position for bad in result.bad if bad.position in visits.position[hit]] == [
@@ -119,8 +119,8 @@ def test_a_short_clip_is_replaced_by_one_that_is_long_enough(folder):
     overwrite(folder, 1, NAN[: 2 * 2 * TOKENS * CHANNELS])
     data, clips = opened(folder)
     rows = rows_of(data)
-    hit = np.flatnonzero(rows.visits.video == 13)
-    assert len(hit) and (rows.visits.num_frames[hit] == 2).all()
+    hit = np.flatnonzero(rows.video == 13)
+    assert len(hit) and (rows.num_frames[hit] == 2).all()
     result = clips(rows).tensors
     assert torch.equal(result["mask"][hit].sum(1), torch.full((len(hit),), 2))
     latents = result["latents"][hit]
@@ -137,7 +137,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_no_crash(folder, monkeypatch):
         stream.truncate(2000)
     result = clips(rows_of(data))
     assert all("ends before" in bad.reason for bad in result.bad)
-    visits = rows_of(data).visits
+    visits = rows_of(data)
     lost = data.sets[0]._offset[0] + 8 * 2 * TOKENS * CHANNELS > 2000
     lost &= data.sets[0].shard_of_video == 1
     assert {bad.position for bad in result.bad} >= set(
@@ -212,7 +212,7 @@ def test_mirrored_clips_come_as_often_as_asked_and_by_position(tmp_path, options
     original = plain(rows).tensors["latents"]
     assert torch.equal(opened(tmp_path, "data.flip_probability=1", *options)[1](rows).tensors["latents"], -original)
     mixed = opened(tmp_path, "data.flip_probability=0.3", *options)[1](rows).tensors["latents"]
-    expected = uniforms(hashed(5, Stream.FLIP, rows.visits.position), 1)[:, 0] < 0.3
+    expected = uniforms(hashed(5, Stream.FLIP, rows.position), 1)[:, 0] < 0.3
     assert 80 < expected.sum() < 160
     assert torch.equal(mixed[expected], -original[expected])
     assert torch.equal(mixed[~expected], original[~expected])
@@ -227,7 +227,7 @@ def test_text_features_are_padded_and_dropped(tmp_path, verify):
     assert context.shape == (300, 3, 3)
     assert context.dtype == torch.float32
     dropped = 0
-    for row, video in enumerate(rows.visits.video.tolist()):
+    for row, video in enumerate(rows.video.tolist()):
         expected = np.zeros((3, 3), np.float32)
         expected[: 1 + video % 3] = video + 1
         if not context[row].any():
@@ -275,9 +275,9 @@ def test_pictures_are_mirrored_checked_and_replaced(tmp_path):
     shards = open_shards(tmp_path, "frames")
     data = Mixture([Plan(shards, 5, num_frames=1)], [1.0])
     clips, rows = FrameClips(data, config, 1), rows_of(data, size=40)
-    flipped = uniforms(hashed(5, Stream.FLIP, rows.visits.position), 1)[:, 0] < 0.5
+    flipped = uniforms(hashed(5, Stream.FLIP, rows.position), 1)[:, 0] < 0.5
     video = clips(rows).tensors["video"]
-    for row, (index, first, _, _) in enumerate(zip(*rows.visits, strict=True)):
+    for row, (index, first, _, _) in enumerate(zip(*rows, strict=True)):
         expected = decoded(picture(index, first, size))[:, :: -1 if flipped[row] else 1]
         np.testing.assert_allclose(video[row, 0].permute(1, 2, 0).numpy(), expected / 255, atol=1e-6)
     table = parse_index((tmp_path / "frames-000001.index.npy").read_bytes())
@@ -285,8 +285,8 @@ def test_pictures_are_mirrored_checked_and_replaced(tmp_path):
         stream.seek(int(table["offset"][2]) + 300)
         stream.write(b"\xff\x00\xff")
     result = clips(rows)
-    hit = (rows.visits.video == 2) & (rows.visits.first_frame == 2)
-    assert {bad.position for bad in result.bad} == set(rows.visits.position[hit].tolist())
+    hit = (rows.video == 2) & (rows.first_frame == 2)
+    assert {bad.position for bad in result.bad} == set(rows.position[hit].tolist())
     assert all("checksum of this picture" in bad.reason for bad in result.bad)
     assert torch.equal(result.tensors["video"][~torch.from_numpy(hit)], video[~torch.from_numpy(hit)])
 

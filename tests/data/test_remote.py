@@ -11,7 +11,7 @@ from data_helpers import LENGTHS, all_latents, write_latents
 
 from ardiff.config import load
 from ardiff.data import dataset, remote
-from ardiff.data.clips import LatentClips, Rows
+from ardiff.data.clips import LatentClips
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import open_data
@@ -151,7 +151,7 @@ def test_a_shard_that_stays_damaged_is_bad_samples_and_asked_for_no_more(server,
     data = open_data(config, "latents", 4)
     clips = LatentClips(data, LatentSpace.of(data.manifest, "none"), config)
     visits = data.visits(0, 60)
-    result = clips(Rows(visits, 0, 60, 0))
+    result = clips(visits)
     in_it = set(visits.position[np.isin(visits.video, (3, 4))].tolist())
     assert in_it and {bad.position for bad in result.bad} == in_it
     assert all(bad.shard == f"{server.url}/latents-000001.tar" for bad in result.bad)

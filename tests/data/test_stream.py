@@ -9,7 +9,7 @@ from data_helpers import all_latents, class_of, decoded, picture, write_frames, 
 
 from ardiff.config import load
 from ardiff.data import stream as stream_module
-from ardiff.data.clips import FrameClips, LatentClips, Rows
+from ardiff.data.clips import FrameClips, LatentClips
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture
@@ -54,7 +54,7 @@ def take(shards, count, config=None, **options):
 
 def rows_of(data, position, size):
     """A whole global batch as one piece."""
-    return Rows(data.visits(position, size), position, size, 0)
+    return data.visits(position, size)
 
 
 def assembled(shares):
@@ -151,8 +151,8 @@ def test_timesteps_follow_the_configured_distribution(shards):
 def test_labels_are_dropped_as_often_as_asked(shards, share):
     config = settings(f"train.label_dropout={share}")
     plan, clips = parts_of(shards, config)
-    rows = rows_of(plan, 0, 2000)
-    visits, label = rows.visits, clips(rows).tensors["label"]
+    visits = rows_of(plan, 0, 2000)
+    label = clips(visits).tensors["label"]
     known = [class_of(video) for video in visits.video]
     dropped = 0
     for found, given in zip(label.tolist(), known, strict=True):
@@ -219,8 +219,8 @@ def test_frame_clips(tmp_path):
     shards = open_shards(tmp_path, "frames")
     config = settings("vae.image_size=16", "vae.patch_size=8", "vae.num_tokens=2", "vae.channels=4")
     data = Mixture([Plan(shards, config.train.seed, num_frames=FRAMES)], [1.0])
-    rows = rows_of(data, 4, 8)
-    visits, batch = rows.visits, FrameClips(data, config, num_frames=FRAMES)(rows).tensors
+    visits = rows_of(data, 4, 8)
+    batch = FrameClips(data, config, num_frames=FRAMES)(visits).tensors
     assert batch["video"].shape == (8, FRAMES, 3, size, size)
     assert batch["video"].dtype == torch.float32
     for i, (video, first, position, count) in enumerate(zip(*visits, strict=True)):
@@ -237,10 +237,10 @@ class Broken:
     """Reads well until a position, then fails."""
 
     def __init__(self, clips, position, error):
-        self.clips, self.position, self.error = clips, position, error
+        self.clips, self.position, self.error, self.at_once = clips, position, error, clips.at_once
 
     def __call__(self, rows):
-        if self.position in rows.visits.position:
+        if self.position in rows.position:
             raise self.error
         return self.clips(rows)
 
@@ -300,18 +300,26 @@ def test_close_ends_the_thread(shards, taken):
     stream.close()  # twice does no harm
 
 
-def test_the_producer_stops_at_the_prefetch_limit(shards):
+@pytest.mark.parametrize(
+    ("each", "prefetch", "expected"),
+    [(1, 2, 2), (GLOBAL, 4, 4), (4 * GLOBAL, 1, 1), (4 * GLOBAL, 4, 1), (4 * GLOBAL, 8, 1 + 4)],
+)
+def test_the_producer_stops_at_the_prefetch_limit(shards, each, prefetch, expected):
+    """The first batch is handed over alone, then as many at a time as are best made together."""
     plan, clips = parts_of(shards, settings())
     reached, asked = threading.Event(), []
 
-    def counting(rows):
-        asked.append(int(rows.visits.position[0]))
-        if len(asked) == 2 * GLOBAL // MICRO:
-            reached.set()
-        return clips(rows)
+    class Counting:
+        at_once = each
 
-    stream = BatchStream(plan, counting, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=2)
+        def __call__(self, visits):
+            asked.extend(visits.position.tolist())
+            if len(asked) == expected * GLOBAL:
+                reached.set()
+            return clips(visits)
+
+    stream = BatchStream(plan, Counting(), global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=prefetch)
     assert reached.wait(timeout=10)
     time.sleep(0.3)  # for what should not happen
-    assert len(asked) == 2 * GLOBAL // MICRO
+    assert len(asked) == expected * GLOBAL
     stream.close()
