@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from ardiff.config import Config, DataConfig, Phase, _all_keys, differences, load, presets, to_yaml
+from ardiff.config import Config, DataConfig, Phase, differences, load, presets, to_yaml
+from ardiff.config.loading import _all_keys
 from ardiff.errors import UserError
 
 # Every dotted key is public: it stands in users' YAML files and command lines. A new one is added here by hand; one
@@ -10,13 +11,13 @@ from ardiff.errors import UserError
 PUBLIC_KEYS = {
     "model": (
         "num_frames tokens_per_frame in_channels hidden_size depth num_heads mlp_ratio qk_norm rope_theta "
-        "num_classes context_dim mask block context attention_backend activation_checkpointing"
+        "num_classes context_dim mask block context attention_backend activation_checkpointing window sink"
     ),
     "vae": (
         "image_size patch_size num_tokens channels hidden_size encoder_depth decoder_depth num_heads "
         "kl_weight l1_weight"
     ),
-    "diffusion": "num_timesteps beta_start beta_end prediction timesteps",
+    "diffusion": "num_timesteps beta_start beta_end process flow_shift prediction timesteps",
     "data": (
         "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "
         "max_bad_fraction cache_dir cache_gb"

@@ -1,0 +1,151 @@
+"""Values of the right type that cannot work, alone or together, each told with the arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from ardiff.config.sections import Config
+
+
+def _bad_choices(section: Any, prefix: str) -> Iterator[str]:
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        choices = item.metadata.get("choices")
+        if dataclasses.is_dataclass(value):
+            yield from _bad_choices(value, f"{prefix}{item.name}.")
+        elif choices and value not in choices:
+            nearest = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            yield f"{prefix}{item.name} = '{value}' must be one of {', '.join(choices)}{hint}"
+
+
+POSITIVE = {
+    "model": ("num_frames", "tokens_per_frame", "in_channels", "hidden_size", "depth", "num_heads", "block"),
+    "vae": ("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
+    "train": ("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
+    "data": ("stride", "prefetch", "lanes", "lane_window", "decode_threads"),
+    "sampling": ("num_videos", "num_steps"),
+    "diffusion": ("num_timesteps",),
+}
+
+
+BOUNDS = (
+    ("model.mlp_ratio", 0.125, 64),
+    ("model.rope_theta", 1, 1e12),
+    ("model.num_classes", 0, 1e6),
+    ("model.context_dim", 0, 1e6),
+    ("model.window", 0, 1e9),
+    ("model.sink", 0, 1e9),
+    ("vae.encoder_depth", 0, 1e4),
+    ("vae.decoder_depth", 0, 1e4),
+    ("vae.kl_weight", 0, 1e6),
+    ("vae.l1_weight", 0, 1),
+    ("data.flip_probability", 0, 1),
+    ("data.max_bad_fraction", 0, 1),
+    ("data.cache_gb", 0.001, 1e6),
+    ("train.seed", -(2**63), 2**63 - 1),
+    ("train.warmup_steps", 0, 1e12),
+    ("train.weight_decay", 0, 1e6),
+    ("train.grad_clip", 0, 1e12),
+    ("train.adam_eps", 0, 1),
+    ("train.ema_decay", 0, 1 - 1e-9),
+    ("train.label_dropout", 0, 1),
+    ("train.sample_every", 0, 1e12),
+    ("train.num_threads", 0, 1e4),
+    ("train.collective_timeout_minutes", 0.05, 1e5),
+    ("train.max_skipped_steps", 1, 1e9),
+    ("diffusion.flow_shift", 0, 1e3),
+    ("sampling.guidance", -1e6, 1e6),
+    ("sampling.fps", 0.01, 1e4),
+)
+
+
+def impossible(config: Config) -> Iterator[str]:
+    """One sentence for each setting that cannot work."""
+    yield from _bad_choices(config, "")
+    too_small = [
+        f"{section}.{name} = {value} must be at least 1"
+        for section, names in POSITIVE.items()
+        for name in names
+        if (value := getattr(getattr(config, section), name)) < 1
+    ]
+    yield from too_small
+    for key, low, high in BOUNDS:
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        if not low <= value <= high:  # NaN included
+            yield f"{key} = {value} must lie between {low:g} and {high:g}"
+    yield from _impossible_sampling(config)
+    yield from _impossible_data(config)
+    if not too_small:  # the arithmetic below divides by them
+        yield from _impossible_networks(config)
+        yield from _impossible_training(config)
+
+
+def _impossible_networks(config: Config) -> Iterator[str]:
+    model, vae = config.model, config.vae
+    for name, width, heads in (
+        ("model", model.hidden_size, model.num_heads),
+        ("vae", vae.hidden_size, vae.num_heads),
+    ):
+        if width % heads or (width // heads) % 2:
+            yield f"{name}.hidden_size / {name}.num_heads = {width} / {heads} must be an even whole number"
+    if vae.image_size % vae.patch_size:
+        yield f"vae.image_size = {vae.image_size} is no multiple of vae.patch_size = {vae.patch_size}"
+    if model.mask != "block_causal" and model.block != 1:
+        yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
+    if model.window and model.mask == "bidirectional":
+        yield f"model.window = {model.window} needs a causal model.mask; this one is bidirectional"
+    if model.sink and not model.window:
+        yield f"model.sink = {model.sink} has a meaning only with model.window"
+    if model.window % model.block or model.sink % model.block:
+        yield (
+            f"model.window = {model.window} and model.sink = {model.sink} must be multiples of model.block = "
+            f"{model.block}"
+        )
+
+
+def _impossible_training(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.global_batch_size % train.micro_batch_size:
+        yield (
+            f"train.global_batch_size = {train.global_batch_size} is no multiple of "
+            f"train.micro_batch_size = {train.micro_batch_size}"
+        )
+    if any(phase.steps < 1 or not 0 < phase.lr < 1e3 for phase in train.phases) or not train.phases:
+        yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
+    if config.max_steps < 1:
+        yield f"train.max_steps = {config.max_steps} must be at least 1"
+
+
+def _impossible_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.shards and data.mixture:
+        yield "data.shards and data.mixture: give one of them"
+    for source in data.mixture:
+        if not source.shards or not 0 <= source.weight < 1e9:
+            yield f"data.mixture: {{shards: {source.shards!r}, weight: {source.weight}}} needs shards and a weight >= 0"
+    total = sum(source.weight for source in data.mixture)
+    for source in data.mixture:
+        if 0 < source.weight < 1e-4 * total:
+            yield f"data.mixture: the weight {source.weight} of {source.shards} is less than 1e-4 of all; leave it out"
+    if data.mixture and not sum(source.weight for source in data.mixture) > 0:
+        yield "data.mixture: at least one weight must be above 0"
+
+
+def _impossible_sampling(config: Config) -> Iterator[str]:
+    sampling, diffusion = config.sampling, config.diffusion
+    if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
+        yield f"diffusion betas {diffusion.beta_start}, {diffusion.beta_end} must satisfy 0 < start <= end < 1"
+    if not 0 <= sampling.gap <= sampling.num_steps:
+        yield f"sampling.gap = {sampling.gap} must lie between 0 and sampling.num_steps = {sampling.num_steps}"
+    if sampling.num_steps >= config.diffusion.num_timesteps:
+        yield (
+            f"sampling.num_steps = {sampling.num_steps} must be less than "
+            f"diffusion.num_timesteps = {config.diffusion.num_timesteps}"
+        )

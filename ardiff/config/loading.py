@@ -1,0 +1,153 @@
+"""Presets and YAML files, dotted overrides, and every problem reported at once with the nearest key that exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ardiff.config.checks import impossible
+from ardiff.config.sections import Config
+from ardiff.errors import UserError
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+def presets() -> list[str]:
+    """Names accepted by `load` besides paths of YAML files."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load(preset_or_yaml: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a preset or YAML file and apply overrides (`a.b=c`, `--a.b=c` or the pair `--a.b c`).
+
+    Raises UserError that lists every unknown, mistyped or impossible setting.
+    """
+    tree = OmegaConf.structured(Config)
+    problems: list[str] = []
+    path = _find(preset_or_yaml)
+    for key, value in _leaves(_read_yaml(path)):
+        _assign(tree, key, value, str(path), problems)
+    for key, value in _parse_overrides(overrides, problems):
+        _assign(tree, key, value, "command line", problems)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        problems.append(f"{path}: {str(error).splitlines()[0]}")
+        raise UserError(f"configuration refused: {'; '.join(problems)}") from error
+    assert isinstance(config, Config)
+    problems += impossible(config)
+    if len(problems) == 1:
+        raise UserError(f"configuration refused: {problems[0]}")
+    if problems:
+        raise UserError("configuration refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every differing field of two configurations (or sections) of one type."""
+    found = []
+    for item in dataclasses.fields(old):
+        before, after = getattr(old, item.name), getattr(new, item.name)
+        if dataclasses.is_dataclass(before):
+            found += differences(before, after, f"{prefix}{item.name}.")
+        elif before != after:
+            found.append(f"{prefix}{item.name}: {before} -> {after}")
+    return found
+
+
+def _find(preset_or_yaml: str) -> Path:
+    path = PRESETS / f"{preset_or_yaml}.yaml"
+    if path.is_file():
+        return path
+    path = Path(preset_or_yaml)
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(preset_or_yaml, presets(), 1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    raise UserError(f"--config {preset_or_yaml}: neither a file nor a preset ({', '.join(presets())}){hint}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise UserError(f"{path}: not a valid YAML configuration ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must hold sections such as 'model:', found a {type(tree).__name__}")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                problems.append(f"command line: '{word}' needs a value, as in '{word} VALUE'")
+                continue
+            text = words.pop(0)
+        if key in _text_keys() and text != "null":
+            yield key, text  # as it is: a shard pattern such as {a,b}.tar or *.tar would be YAML as well
+            continue
+        try:
+            value = OmegaConf.select(OmegaConf.from_dotlist([f"value={text}"]), "value")
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            problems.append(f"command line: '{key}': cannot read '{text}' ({' '.join(str(error).split())})")
+            continue
+        yield key, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _all_keys(section: Any = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key with its annotation."""
+    keys: dict[str, str] = {}
+    for item in dataclasses.fields(section):
+        if item.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(item.default_factory):
+            keys |= _all_keys(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            keys[f"{prefix}{item.name}"] = str(item.type)
+    return keys
+
+
+def _text_keys() -> set[str]:
+    return {key for key, annotation in _all_keys().items() if annotation in ("str", "str | None")}
+
+
+def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
+    keys = list(_all_keys())
+    if key not in keys:
+        last = key.rsplit(".", 1)[-1]
+        by_name = [other for other in keys if other.rsplit(".", 1)[-1] == last]
+        nearest = by_name[:1] or difflib.get_close_matches(key, keys, 1, cutoff=0.5)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; sections are {', '.join(_sections())}"
+        problems.append(f"{source}: unknown setting '{key}'{hint}")
+        return
+    try:
+        OmegaConf.update(tree, key, value)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        problems.append(f"{source}: '{key}' cannot be {value!r} ({reason})")
+
+
+def _sections() -> list[str]:
+    return [item.name for item in dataclasses.fields(Config)]
