@@ -28,6 +28,7 @@ class Stream(IntEnum):
     SHARDS = 9
     FLIP = 10
     SETS = 11
+    SAMPLING_STEPS = 12
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -32,7 +32,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, num_context: int, first_frame: int, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_context: int, first_frame: int, cache: KVCache | None, window: tuple[int, int]
+    ) -> Tensor:
         config = self.config
         qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=config.num_heads)
         q, k, v = self.q_norm(qkv[0]), self.k_norm(qkv[1]), qkv[2]
@@ -60,6 +62,9 @@ class Attention(nn.Module):
             block=config.block,
             context=config.context,
             backend=config.attention_backend,
+            window=window[0],
+            sink=window[1],
+            evicted=cache.evicted if cache is not None else 0,
         )
         return self.proj(rearrange(out, "b h t d -> b t (h d)"))
 
@@ -78,11 +83,18 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(
-        self, x: Tensor, condition: Tensor, num_context: int, first_frame: int, cache: KVCache | None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        num_context: int,
+        first_frame: int,
+        cache: KVCache | None,
+        window: tuple[int, int],
     ) -> Tensor:
         """x [B, N + F*L, D], condition [B, F, D] -> [B, N + F*L, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
-        out = self.attention(modulate(self.norm1(x), shift1, scale1, num_context), num_context, first_frame, cache)
+        normed = modulate(self.norm1(x), shift1, scale1, num_context)
+        out = self.attention(normed, num_context, first_frame, cache, window)
         x = x + gated(out, gate1, num_context)
         out = self.mlp(modulate(self.norm2(x), shift2, scale2, num_context))
         return x + gated(out, gate2, num_context)
@@ -129,11 +141,13 @@ class DiT(nn.Module):
         label: Tensor | None = None,
         context: Tensor | None = None,
         cache: KVCache | None = None,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Noisy latents x [B, F, L, C] and timesteps t [B, F] -> raw output [B, F, L, C].
 
         label [B]: classes, `num_classes` being the null label (None: all null). context [B, N, context_dim]: text
         features. cache: K/V of the frames before x, which then continues the video at frame `cache.num_frames`.
+        window: (frames, sink) that a frame reads at most, see `frame_attention` (None: as in the configuration).
         """
         self._check(x, t, label, context)
         dtype = self.x_embed.weight.dtype
@@ -150,11 +164,12 @@ class DiT(nn.Module):
             h = torch.cat([self.context_embed(context.to(dtype)), h], dim=1)
             num_context = context.shape[1]
         first_frame = cache.num_frames if cache is not None else 0
+        window = window or (self.config.window, self.config.sink)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, condition, num_context, first_frame, cache, use_reentrant=False)
+                h = checkpoint(block, h, condition, num_context, first_frame, cache, window, use_reentrant=False)
             else:
-                h = block(h, condition, num_context, first_frame, cache)
+                h = block(h, condition, num_context, first_frame, cache, window)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
         h = modulate(self.final_norm(h[:, num_context:]), shift, scale, 0)
         return rearrange(self.final(h), "b (f l) c -> b f l c", l=x.shape[2]).to(x.dtype)

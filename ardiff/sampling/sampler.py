@@ -1,67 +1,21 @@
-"""Sampling any level matrix with DDIM, recomputing nothing that is finished and nothing that has not begun.
-
-With `cache="exact"` the K/V of finished frames come from a cache, and a finished frame is presented once, with the
-label t = 1, in the forward that follows its last update. The result equals full recomputation to rounding.
-"""
+"""`sample`: noise in, videos of latents out, along any level matrix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
-from ardiff.sampling.cache import KVCache
-from ardiff.sampling.levels import ad_levels
+from ardiff.sampling.guidance import Denoiser, Guidance, Model
+from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow
+from ardiff.sampling.rollout import Noise, Rollout, check_cache
+from ardiff.sampling.solvers import Solver
 
-Model = Callable[..., Tensor]  # (x, t, label, context, cache) -> raw output, as DiT.forward
-
-
-@dataclass
-class Guidance:
-    """Classifier-free guidance: both branches run as one batch, so they share one forward and one cache."""
-
-    scale: float
-    label: Tensor | None
-    context: Tensor | None
-
-    @classmethod
-    def build(
-        cls,
-        scale: float,
-        label: Tensor | None,
-        null_label: int,
-        context: Tensor | None,
-        null_context: Tensor | None,
-    ) -> Guidance:
-        """Stack [unconditional, conditional] unless scale is 1."""
-        if scale == 1.0:
-            return cls(scale, label, context)
-        if label is None and context is None:
-            raise UserError(f"guidance = {scale} needs a label or a context to guide towards; use guidance = 1")
-        if context is not None and null_context is None:
-            raise UserError("guidance with a context needs null_context")
-        both = None if label is None else torch.cat([torch.full_like(label, null_label), label])
-        contexts = None
-        if context is not None and null_context is not None:
-            contexts = torch.cat([null_context.expand_as(context), context])
-        return cls(scale, both, contexts)
-
-    @property
-    def branches(self) -> int:
-        """Forwards per video."""
-        return 1 if self.scale == 1.0 else 2
-
-    def combine(self, x0: Tensor) -> Tensor:
-        """Guide the stacked predictions [branches * B, F, L, C] -> [B, F, L, C]."""
-        if self.branches == 1:
-            return x0
-        unconditional, conditional = x0.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+Window = tuple[int, int] | SlidingWindow
 
 
 @torch.no_grad()
@@ -77,78 +31,158 @@ def sample(
     context: Tensor | None = None,
     null_context: Tensor | None = None,
     cache: str = "exact",
+    window: Window | None = None,
     block: int = 1,
     prefix: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    solver: str = "ddim",
+    eta: float = 0.0,
     on_row: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Turn noise [B, F, L, C] into videos of latents [B, F, L, C] along the AD level matrix.
 
     num_steps, gap, block: see `ad_levels`. label [B] and context [B, N, D] condition; guidance w gives
     u + w (c - u) on the predicted x0. prefix [B, P, L, C]: given frames that occupy the first P of the F.
-    cache: `exact` or `none` (every row computes every frame). on_row(row, rows): progress callback.
+    cache: `exact` or `none` (every row computes every frame). window: (frames, sink), attention limited to the last
+    `frames` frames and the first `sink` ones at absolute positions, cached or not; or a `SlidingWindow`, of which the
+    network sees nothing but its frames (cache = 'none'). solver, eta: see `Solver`; generator: randomness of eta above
+    0. on_row(row, rows): progress callback.
 
     Raises UserError for settings that cannot be sampled exactly.
     """
-    batch, num_frames, tokens, _ = noise.shape
-    num_prefix = 0 if prefix is None else prefix.shape[1]
-    levels = ad_levels(num_frames, num_steps, gap, block, num_prefix)
-    _check_cache(model, cache, block, num_prefix)
-    guide = Guidance.build(guidance, label, _null_label(model), context, null_context)
-    x = noise.clone()
-    if prefix is not None:
-        x[:, :num_prefix] = prefix.to(x)
-    grid = schedule.timesteps(num_steps)
-    below = torch.cat([grid[1:], torch.zeros(1, dtype=grid.dtype)])  # the level after each update
-    context_tokens = 0 if context is None else context.shape[1]
-    kv = KVCache(num_frames, tokens, context_tokens) if cache == "exact" else None
-    rows = len(levels) - 1
-    for row in range(rows):
-        progress = num_steps - levels[row + 1]
-        active = levels[row + 1] != levels[row]
-        first = kv.num_frames if kv is not None else 0
-        last = int(active.nonzero().max()) + 1 if kv is not None else num_frames
-        part = slice(first, last)
-        t = grid[progress][part].to(x.device).expand(batch, -1)
-        x0 = _predict_x0(model, x[:, part], t, schedule, guide, kv)
-        if kv is not None:
-            kv.keep(int((levels[row][part] == 0).sum()))
-        t_next = below[progress][part].to(x.device).expand(batch, -1)
-        moved = schedule.ddim_step(x[:, part], x0, t, t_next)
-        update = active[part].to(x.device)[None, :, None, None]
-        x[:, part] = torch.where(update, moved, x[:, part])
-        if on_row is not None:
-            on_row(row + 1, rows)
-    return x
+    rows = ADRows(noise.shape[1], num_steps, gap, block, 0 if prefix is None else prefix.shape[1])
+    conditions = Guidance.build(guidance, label, _null_label(model), context, null_context)
+    rollout = build_rollout(
+        model,
+        rows,
+        lambda first, count: noise[:, first : first + count],
+        schedule,
+        conditions,
+        cache=cache,
+        window=window,
+        given=prefix,
+        solver=solver,
+        eta=eta,
+        step_seeds=_seeds(noise.shape[0], generator) if eta else None,
+    )
+    return collect(rollout, noise, on_row)
 
 
-def _predict_x0(model: Model, x: Tensor, t: Tensor, schedule: Schedule, guide: Guidance, kv: KVCache | None) -> Tensor:
-    stacked, t_stacked = x.repeat(guide.branches, 1, 1, 1), t.repeat(guide.branches, 1)
-    arguments: dict[str, Any] = {"label": guide.label, "context": guide.context}
-    if kv is not None:
-        arguments["cache"] = kv
-    output = model(stacked, t_stacked, **{key: value for key, value in arguments.items() if value is not None})
-    return guide.combine(schedule.to_x0(output, stacked, t_stacked))
+@torch.no_grad()
+def sample_levels(
+    model: Model,
+    noise: Tensor,
+    levels: Tensor,
+    schedule: Schedule,
+    *,
+    given: Tensor | None = None,
+    guidance: float = 1.0,
+    label: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    cache: str = "none",
+    window: tuple[int, int] | None = None,
+    generator: torch.Generator | None = None,
+    solver: str = "ddim",
+    eta: float = 0.0,
+    on_row: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """As `sample`, along any level matrix [rows + 1, F]: interpolation, image to video, pyramids.
+
+    given [B, F, L, C]: its frames that are 0 in the first row of `levels` are kept as they are. Given frames after
+    generated ones reach these only under a bidirectional mask.
+    """
+    rows = MatrixRows(levels)
+    if rows.num_frames != noise.shape[1]:
+        raise UserError(f"levels of {rows.num_frames} frames do not fit noise of {noise.shape[1]} frames")
+    pinned = (levels[0] == 0).nonzero()[:, 0].tolist()
+    if pinned and (given is None or given.shape[1] != noise.shape[1]):
+        raise UserError(f"levels keep the frames {pinned}: give them as a video of {noise.shape[1]} frames")
+    mask = getattr(getattr(model, "config", None), "mask", "bidirectional")
+    if mask != "bidirectional" and pinned and pinned != list(range(len(pinned))):
+        raise UserError(
+            f"frames {pinned} are given, but under a {mask} mask later frames do not reach earlier ones: use a "
+            "bidirectional model, or give the first frames only"
+        )
+    conditions = Guidance.build(guidance, label, _null_label(model), context, null_context)
+    rollout = build_rollout(
+        model,
+        rows,
+        lambda first, count: noise[:, first : first + count],
+        schedule,
+        conditions,
+        cache=cache,
+        window=window,
+        given=given,
+        solver=solver,
+        eta=eta,
+        step_seeds=_seeds(noise.shape[0], generator) if eta else None,
+    )
+    return collect(rollout, noise, on_row)
+
+
+def build_rollout(
+    model: Model,
+    rows: Rows,
+    noise: Noise,
+    schedule: Schedule,
+    guidance: Guidance,
+    *,
+    cache: str = "exact",
+    window: Window | None = None,
+    given: Tensor | None = None,
+    warm: Tensor | None = None,
+    solver: str = "ddim",
+    eta: float = 0.0,
+    step_seeds: np.ndarray | None = None,
+) -> Rollout:
+    """A `Rollout` with everything checked that can be; iterate over it for frames as they finish (streaming)."""
+    if cache not in ("exact", "none"):
+        raise UserError(f"cache = '{cache}' must be 'exact' or 'none'")
+    config = getattr(model, "config", None)
+    sliding = window if isinstance(window, SlidingWindow) else None
+    band = None if window is None or isinstance(window, SlidingWindow) else window
+    if band is None and config is not None and getattr(config, "window", 0) > 0:
+        band = (config.window, config.sink)
+    if band is not None and (band[0] < 1 or band[1] < 0):
+        raise UserError(f"window = {band} must be (frames, sink) with frames >= 1 and sink >= 0")
+    if band is not None and config is not None and config.mask == "bidirectional":
+        raise UserError(f"window = {band} needs a causal mask; use a SlidingWindow for this bidirectional model")
+    if sliding is not None:
+        sliding.check(rows)
+    elif cache == "none" and rows.num_frames is None:
+        raise UserError("a video without end needs cache = 'exact' or a SlidingWindow")
+    block = check_cache(model, rows, sliding, band) if cache == "exact" else 1
+    denoiser = Denoiser(model, schedule, rows.num_steps, guidance, band, sliding)
+    return Rollout(
+        denoiser,
+        rows,
+        noise,
+        Solver(denoiser.grid, solver, eta),
+        cache=cache == "exact",
+        given=given,
+        warm=warm,
+        step_seeds=step_seeds,
+        block=block,
+    )
+
+
+def collect(rollout: Rollout, like: Tensor, on_row: Callable[[int, int], None] | None = None) -> Tensor:
+    """Run to the end: the whole videos, shaped as `like`."""
+    out = torch.empty_like(like)
+    while not rollout.done:
+        finished = rollout.step()
+        if finished is not None:
+            out[:, finished.first : finished.first + finished.latents.shape[1]] = finished.latents
+        if on_row is not None and rollout.rows.num_rows is not None:
+            on_row(rollout.row, rollout.rows.num_rows)
+    return out
+
+
+def _seeds(batch: int, generator: torch.Generator | None) -> np.ndarray:
+    return torch.randint(2**62, (batch,), generator=generator).numpy()
 
 
 def _null_label(model: Model) -> int:
     config = getattr(model, "config", None)
     return getattr(config, "num_classes", 0)
-
-
-def _check_cache(model: Model, cache: str, block: int, num_prefix: int) -> None:
-    if cache not in ("exact", "none"):
-        raise UserError(f"cache = '{cache}' must be 'exact' or 'none'")
-    config = getattr(model, "config", None)
-    if cache == "none" or config is None:
-        return
-    mask_block = {"frame_causal": 1, "block_causal": config.block}.get(config.mask)
-    if config.context != "strict" or mask_block is None:
-        raise UserError(
-            f"cache = 'exact' needs strict context and a causal mask; this model has context = '{config.context}' and "
-            f"mask = '{config.mask}': use cache = 'none'"
-        )
-    if block % mask_block or num_prefix % mask_block:
-        raise UserError(
-            f"cache = 'exact' needs blocks and prefix to be multiples of the mask's block of {mask_block} frames, "
-            f"found block = {block}, prefix = {num_prefix}: use cache = 'none'"
-        )

@@ -76,21 +76,12 @@ def test_a_target_stands_for_its_clean_sample(prediction, dtype, tolerance):
     torch.testing.assert_close(again, x0, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_step_from_the_true_clean_sample_stays_on_the_path(prediction):
-    schedule = Schedule(prediction=prediction)
-    x0, t, noise = clip()
-    t_next = torch.tensor([[0, 0, 480, 961, 981], [0, 999, 249, 1, 0]])
-    moved = schedule.ddim_step(schedule.q_sample(x0, t, noise), x0, t, t_next)
-    torch.testing.assert_close(moved, schedule.q_sample(x0, t_next, noise), rtol=1e-11, atol=1e-11)
-
-
 def test_low_precision_latents_keep_their_dtype_but_not_their_arithmetic():
     # in bfloat16 alphas_cumprod[0] would round to 1 and the noise of the cleanest level vanish
     schedule = Schedule()
     x0, t, noise = (part.bfloat16() if part.is_floating_point() else part for part in clip())
     x_t = schedule.q_sample(x0, t, noise)
-    assert x_t.dtype == schedule.ddim_step(x_t, x0, t, t).dtype == torch.bfloat16
+    assert x_t.dtype == torch.bfloat16
     only_noise = schedule.q_sample(torch.zeros_like(x0), torch.zeros_like(t), noise)
     torch.testing.assert_close(only_noise, 0.01 * noise, rtol=0.01, atol=1e-4)
 

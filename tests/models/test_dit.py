@@ -73,7 +73,7 @@ def test_blocks_are_identities_at_initialisation():
     model = DiT(SMALL).double()
     h, condition = torch.randn(BATCH, FRAMES * TOKENS, 24).double(), torch.randn(BATCH, FRAMES, 24).double()
     for block in model.blocks:
-        assert torch.equal(block(h, condition, 0, 0, None), h)
+        assert torch.equal(block(h, condition, 0, 0, None, (0, 0)), h)
 
 
 def by_hand(model, x, t, label=None, context=None):

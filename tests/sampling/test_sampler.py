@@ -2,27 +2,13 @@ import dataclasses
 
 import pytest
 import torch
-from data_helpers import randomize
+from sampling_helpers import BATCH, CHANNELS, FRAMES, SMALL, STEPS, TOKENS, Oracle, assert_same, build, noise_of
 
-from ardiff.config import ModelConfig, load
+from ardiff.config import load
 from ardiff.diffusion.schedule import PREDICTIONS, Schedule
 from ardiff.errors import UserError
-from ardiff.models import DiT
 from ardiff.sampling import sample
 from ardiff.sampling.generate import Request, generate
-
-FRAMES, TOKENS, CHANNELS, BATCH, STEPS = 6, 2, 4, 2, 9
-SMALL = ModelConfig(
-    num_frames=FRAMES, tokens_per_frame=TOKENS, in_channels=CHANNELS, hidden_size=16, depth=2, num_heads=2
-)
-
-
-def build(dtype=torch.float64, **options):
-    return randomize(DiT(dataclasses.replace(SMALL, **options))).to(dtype)
-
-
-def noise_of(dtype=torch.float64, frames=FRAMES):
-    return torch.randn(BATCH, frames, TOKENS, CHANNELS, dtype=dtype)
 
 
 def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
@@ -51,26 +37,6 @@ def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
             eps = (x[:, frame] / alpha**0.5 - x0[:, frame]) / (1 / alpha - 1) ** 0.5
             x[:, frame] = below**0.5 * x0[:, frame] + (1 - below) ** 0.5 * eps
     return x
-
-
-class Oracle:
-    """Knows the clean video and answers with it, in the terms of a schedule; counts the frames it was asked for."""
-
-    def __init__(self, clean, schedule, config=SMALL):
-        self.clean, self.schedule, self.config = clean, schedule, config
-        self.frames, self.calls = 0, 0
-
-    def __call__(self, x, t, label=None, context=None, cache=None):
-        first = 0 if cache is None else cache.num_frames
-        x0 = self.clean[:, first : first + x.shape[1]]
-        self.frames, self.calls = self.frames + x.shape[1], self.calls + 1
-        alpha = self.schedule.alphas_cumprod[t][..., None, None]
-        eps = (x - alpha.sqrt() * x0) / (1 - alpha).sqrt()
-        return self.schedule.target(x0, t, eps)
-
-
-def assert_same(one, other, tolerance):
-    torch.testing.assert_close(one, other, rtol=0, atol=tolerance * other.abs().max().item())
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])

@@ -38,6 +38,9 @@ def frame_attention(
     block: int = 1,
     context: str = "strict",
     backend: str = "auto",
+    window: int = 0,
+    sink: int = 0,
+    evicted: int = 0,
 ) -> Tensor:
     """Softmax attention in which a frame reads itself, earlier frames and the context.
 
@@ -47,6 +50,8 @@ def frame_attention(
     `bidirectional`.
     context: `strict` (context tokens read context tokens only, so no frame can leak through them into an earlier
     one) or `leaky` (they read everything, as in the published AR-Diffusion weights).
+    window, sink: a frame reads the last `window` frames, itself included, and the first `sink` ones (0: all earlier
+    frames; whole blocks under `block_causal`). evicted: frames after the sink that are missing from k and v.
     backend: one of `available_backends()`, or `auto`.
 
     Raises UserError for an unknown name or a sequence that is not whole frames.
@@ -65,6 +70,9 @@ def frame_attention(
         mask=mask,
         block=block,
         context=context,
+        window=window,
+        sink=sink,
+        evicted=evicted,
     )
     _announce(backend, q.device.type)
     return _BACKENDS[backend](q, k, v, shape)

@@ -16,7 +16,11 @@ CONTEXTS = ("strict", "leaky")
 
 @dataclass(frozen=True)
 class FrameMask:
-    """A mask over `num_context` context tokens and whole frames; the queries are the last `num_queries` tokens."""
+    """A mask over `num_context` context tokens and whole frames; the queries are the last `num_queries` tokens.
+
+    window: frames that a frame reads at most, itself (its block) included, besides the first `sink` frames; 0: all.
+    evicted: frames of the video that are missing among the keys, between the sink and the rest.
+    """
 
     num_queries: int
     num_keys: int
@@ -25,10 +29,19 @@ class FrameMask:
     mask: str = "frame_causal"
     block: int = 1
     context: str = "strict"
+    window: int = 0
+    sink: int = 0
+    evicted: int = 0
 
     def __post_init__(self) -> None:
         if self.num_context < 0 or self.block < 1:
             raise UserError(f"num_context = {self.num_context} must be at least 0 and block = {self.block} at least 1")
+        if self.window < 0 or self.sink < 0 or self.window % self.block or self.sink % self.block:
+            raise UserError(
+                f"window = {self.window} and sink = {self.sink} frames must be multiples of block = {self.block}"
+            )
+        if self.window and self.mask == "bidirectional":
+            raise UserError(f"window = {self.window} frames needs a causal mask; this one is bidirectional")
         video, length = self.num_keys - self.num_context, self.tokens_per_frame
         if length < 1 or video < 0 or video % length:
             raise UserError(
@@ -44,6 +57,8 @@ class FrameMask:
     @property
     def is_full(self) -> bool:
         """True when every query may read every key."""
+        if self.window and self.num_keys - self.num_context > self.window * self.tokens_per_frame:
+            return False
         bidirectional = self.mask == "bidirectional"
         if bidirectional or self.num_keys - self.num_context == self.tokens_per_frame:
             no_context_queries = self.num_queries <= self.num_keys - self.num_context
@@ -60,11 +75,15 @@ def _dense(shape: FrameMask, device: torch.device) -> Tensor:
     token = torch.arange(shape.num_keys, device=device)
     is_context = token < shape.num_context
     frame = (token - shape.num_context).div(shape.tokens_per_frame, rounding_mode="floor")
+    frame = torch.where(frame < shape.sink, frame, frame + shape.evicted)
     block = frame if shape.mask == "frame_causal" else frame.div(shape.block, rounding_mode="floor")
     if shape.mask == "bidirectional":
         block = torch.zeros_like(block)
+    sink, window = shape.sink // shape.block, shape.window // shape.block
     block = torch.where(is_context, torch.full_like(block, -1), block)  # every frame reads the context
     allowed = block[None, :] <= block[:, None]
+    if shape.window:
+        allowed &= (block[:, None] - block[None, :] < window) | (block[None, :] < sink)
     if shape.context == "leaky":
         allowed = allowed | is_context[:, None]
     return allowed[shape.num_keys - shape.num_queries :].contiguous()
