@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers, write_json
+from ardiff.locks import discard, hold
 
 SETTINGS = "settings.json"
 DERIVED = "derived"  # the key of settings that follow from the others
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # said by some network file systems
+LOCK_PATIENCE = 1.0  # seconds: a process that has just been killed may take a moment to go
 
 
-def output_folder(path: Path) -> Path:
-    """Create a folder for results and clear it of what a killed run left. Raises UserError if impossible."""
+@contextmanager
+def alone(out: Path, lock: Path | None = None) -> Iterator[None]:
+    """Keep other programs from filling `out` meanwhile; a killed one keeps nobody from it.
+
+    The file `lock` (default: one in the folder `out`) exists meanwhile only. Raises UserError where another program is
+    at work, and where the folder cannot be made.
+    """
+    lock = out / LOCK if lock is None else lock
+    make_folder(lock.parent)
+    until = time.monotonic() + LOCK_PATIENCE
+    try:
+        while (handle := hold(lock, wait=False)) is None:
+            if time.monotonic() > until:
+                raise UserError(f"--out {out}: another program is writing there; wait for its end or choose another")
+            time.sleep(0.05)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(f"--out {out}: cannot be locked ({error.strerror}); nothing else may write there now", file=sys.stderr)
+        yield
+        return
+    try:
+        yield
+    finally:
+        discard(lock, handle)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder. Raises UserError if impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from error
+
+
+def output_folder(path: Path) -> Path:
+    """Create a folder for results and clear it of what a killed run left. Raises UserError if impossible."""
+    make_folder(path)
     remove_leftovers(path, own=True)
     return path
 
@@ -92,6 +131,11 @@ def die_with_launcher() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def plural(count: int, thing: str) -> str:
+    """A number and what it counts: "1 video", "2,000 videos"."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def require(name: str, value: float, low: float, high: float | None = None) -> None:

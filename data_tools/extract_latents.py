@@ -16,11 +16,9 @@ What needs torch is imported late: the processes that decode import this module 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
 import sys
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +29,7 @@ from ardiff import cli
 from ardiff.data.corpus import SPLITS
 from ardiff.errors import EchoedError, UserError
 from ardiff.files import remove_leftovers
-from data_tools.common import claim_folder, die_with_launcher, output_folder, require
+from data_tools.common import alone, claim_folder, die_with_launcher, output_folder, plural, require
 from data_tools.sharding.progress import Progress
 from data_tools.sharding.sampling import add_rate_arguments, parse_rate
 
@@ -80,14 +78,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--timeout", type=float, default=1800, help="seconds without a frame that end a video (default %(default)g)"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    if os.environ.get("RANK", "0") == "0":
-        return parser.parse_args(arguments)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return parser.parse_args(arguments)
-    except SystemExit:
-        time.sleep(5)  # rank 0 tells what is wrong; a launcher would end it if this process ended first
-        raise
+    return parser.parse_args(arguments)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -140,10 +131,11 @@ def prepare(options: argparse.Namespace, ranks: Ranks) -> Work:
     return Work(inputs, tasks, writer, details, settings)
 
 
-def claim(out: Path, work: Work) -> list[int]:
+def claim(out: Path, work: Work, until_the_end: ExitStack) -> list[int]:
     """Make the folders ready (by one process for all); returns the numbers of the shards that are to be written."""
     from data_tools.sharding.tasks import forget_manifest
 
+    until_the_end.enter_context(alone(out))
     output_folder(out)
     claim_folder(out, work.settings, RESULTS)
     for folder in {task.folder for task in work.tasks}:
@@ -169,7 +161,7 @@ def extract(options: argparse.Namespace, work: Work, unfinished: list[int], rank
     progress = Progress(total, before, shown=ranks.is_main)
     uncounted = FrameCounter(progress, ranks)
     if ranks.is_main and unfinished and len(unfinished) < ranks.size:
-        few = f"{len(unfinished)} shards for {ranks.size} ranks: some have nothing to do"
+        few = f"{plural(len(unfinished), 'shard')} for {ranks.size} ranks: some have nothing to do"
         print(f"{few}; a smaller --shard_mb, in another --out, would give more", file=sys.stderr)
     mine = [work.tasks[number] for number in unfinished[ranks.rank :: ranks.size]]
     workers = options.decode_workers or share_of_cores(ranks)
@@ -189,7 +181,9 @@ def extract(options: argparse.Namespace, work: Work, unfinished: list[int], rank
     progress.close()
     ranks.agree(mistake)
     if ranks.is_main and unfinished:
-        print(f"{progress.done - before} frames in {progress.seconds():.1f} s, {progress.rate():.1f} frames/s")
+        print(
+            f"{plural(progress.done - before, 'frame')} in {progress.seconds():.1f} s, {progress.rate():.1f} frames/s"
+        )
     return {path: reason for result in results for path, reason in result.items()}
 
 
@@ -218,7 +212,7 @@ def write_manifests(out: Path, work: Work) -> list[str]:
     return lines
 
 
-def run(options: argparse.Namespace, ranks: Ranks) -> int:
+def run(options: argparse.Namespace, ranks: Ranks, until_the_end: ExitStack) -> int:
     """The program on one rank. Raises UserError on all ranks together."""
     from data_tools.sharding.tasks import tell_skipped
 
@@ -233,7 +227,7 @@ def run(options: argparse.Namespace, ranks: Ranks) -> int:
     ranks.agree(mistake)
     assert work is not None
     ready = work
-    unfinished = ranks.from_main(lambda: claim(options.out, ready))
+    unfinished = ranks.from_main(lambda: claim(options.out, ready, until_the_end))
     skipped = {**work.inputs.skipped, **extract(options, work, unfinished, ranks)}
 
     def finish() -> None:
@@ -265,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_telling(options: argparse.Namespace, ranks: Ranks) -> int:
     """As `run`; but a launcher ends all processes when one fails, so nobody leaves before rank 0 has told why."""
     try:
-        return run(options, ranks)
+        with ExitStack() as until_the_end:
+            return run(options, ranks, until_the_end)
     except UserError as error:
         if ranks.size == 1:
             raise

@@ -26,10 +26,10 @@ from typing import Any
 from ardiff import cli
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
-from data_tools.common import require
+from data_tools.common import plural, require
 from data_tools.inspection.repair import RepairedPart, repair
 from data_tools.inspection.shard_comparison import compare
-from data_tools.inspection.shard_folders import Part, Problem, open_parts, plural, printable, total
+from data_tools.inspection.shard_folders import Part, Problem, open_parts, printable, total
 from data_tools.inspection.shard_listing import list_shards, read_descriptions, sample_row
 from data_tools.inspection.shard_sheet import choose_shards, write_sheet
 from data_tools.inspection.shard_statistics import statistics
@@ -203,7 +203,7 @@ def _parse(arguments: list[str] | None) -> Any:
     added.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture to write")
     added.add_argument("--shard", metavar="NAME", help="videos of this shard only (default: of all)")
     added.add_argument("--arvae", type=Path, metavar="CHECKPOINT", help="decodes latents (default: the one in the manifest)")  # fmt: skip # noqa: E501
-    added.add_argument("--num_videos", type=int, default=8, help="(default %(default)s)")
+    added.add_argument("--num_videos", type=int, default=8, help="rows at most (default %(default)s)")
     added = command(run_compare, "compare", "What differs between two data sets.")
     added.add_argument("other", metavar="OTHER", help="the data set to compare with")
     options = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from ardiff import cli
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers
 from ardiff.video import VideoError, check, write_mp4
-from data_tools.common import claim_folder, output_folder, require
+from data_tools.common import alone, claim_folder, output_folder, plural, require
 
 FPS = 8
 CRF = 12
@@ -136,11 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
         "Make small videos of simple motions in one folder per class.",
         "python -m data_tools.make_demo_corpus --out demo/videos",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the class folders")
-    parser.add_argument("--num_videos", type=int, default=72, help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side of a frame in pixels (default %(default)s)")
-    parser.add_argument("--num_frames", type=int, default=32, help="per video (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the class folders")
+    parser.add_argument("--num_videos", type=int, default=72, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="other ones give other videos (default %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=64, metavar="N", help="side of a frame in pixels (default %(default)s)"
+    )
+    parser.add_argument("--num_frames", type=int, default=32, metavar="N", help="per video (default %(default)s)")
     options = parser.parse_args(arguments)
     require("--num_videos", options.num_videos, 1, 100_000)
     require("--seed", options.seed, 0)
@@ -148,7 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     require("--num_frames", options.num_frames, 2, 10_000)
     if options.size % 2:
         raise UserError(f"--size {options.size}: must be even, as H.264 needs it")
+    with alone(options.out):
+        return _make(options)
 
+
+def _make(options: Any) -> int:
     out = output_folder(options.out)
     for name in CLASSES:
         remove_leftovers(out / name, own=True)
@@ -166,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not _is_complete(path, options.num_frames):
             write_mp4(path, make_clip(number=number, **settings), FPS, crf=CRF)
             made += 1
-    print(f"{out}: {len(names)} videos of {min(len(names), len(CLASSES))} classes, {made} newly made")
+    classes = min(len(names), len(CLASSES))
+    print(f"{out}: {plural(len(names), 'video')} of {classes} class{'es' * (classes > 1)}, {made} newly made")
     return cli.EXIT_OK
 
 

@@ -29,7 +29,7 @@ from ardiff.data.corpus import OK, SPLITS, CorpusEntry, format_entry, read_corpu
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers
 from ardiff.video import EXTENSIONS, FOLDER_FPS
-from data_tools.common import require
+from data_tools.common import alone, plural, require
 from data_tools.pool import default_workers, run_in_processes
 from data_tools.scanning.corpus_entries import DUPLICATES, EntryRules, keep_captions, make_entries
 from data_tools.scanning.inputs import Source, find_sources
@@ -93,21 +93,25 @@ def main(arguments: list[str] | None = None) -> int:
         looked_for = ", ".join(sorted(EXTENSIONS))
         raise UserError(f"{names}: no videos found; looked for {looked_for}, and folders of PNG or JPEG pictures")
     rules = _rules(options, class_list, sources)
-    earlier = read_corpus(out) if out.exists() else []
     settings = _scene_settings(options)
+    with alone(out, out.with_name(f".{out.name}.lock")):
+        return _scan_into(out, sources, settings, rules, options)
+
+
+def _scan_into(out: Path, sources: Sequence[Source], settings: SceneSettings, rules: EntryRules, options: Any) -> int:
+    """Write the corpus and the results; returns the exit code."""
+    earlier = read_corpus(out) if out.exists() else []
     kept = ResultsFile(out.with_name(out.name + ".results"), settings)
     remove_leftovers(out.parent, own=True)
     results = scan(sources, kept, settings, options.workers, options.timeout)
     entries, lost = keep_captions(make_entries(sources, results, rules), earlier)
     if lost:
         previous = _keep_previous(out, earlier)
-        print(
-            f"{lost} captions belong to scenes that are not in the corpus any more; they are kept in {previous}",
-            file=sys.stderr,
-        )
+        what = "1 caption belongs to a scene that is" if lost == 1 else f"{lost} captions belong to scenes that are"
+        print(f"{what} not in the corpus any more; see {previous}", file=sys.stderr)
     if not any(entry.ok for entry in entries) and any(entry.ok for entry in earlier):
         _print_rejected(entries)
-        raise UserError(f"none of the {len(entries)} videos is usable; {out} is left as it was")
+        raise UserError(f"{_none_usable(entries)}; {out} is left as it was")
     write_corpus(out, entries)
     kept.finish(result for result in results if result.sha256 is not None)
     return _summarize(out, entries)
@@ -239,18 +243,27 @@ def _summarize(out: Path, entries: Sequence[CorpusEntry]) -> int:
     splits = Counter(entry.split for entry in usable)
     parts = ", ".join(f"{splits[split]} {split}" for split in SPLITS if splits[split] or split != "test")
     videos = len({entry.path for entry in usable})
-    from_videos = f" from {videos} videos" if videos != len(usable) else ""
+    from_videos = f" from {plural(videos, 'video')}" if videos != len(usable) else ""
     print(f"{out}: {len(usable)} ok{from_videos} ({parts}), {len(entries) - len(usable)} rejected")
     split_of = {entry.id: entry.split for entry in entries}
     duplicates = [entry for entry in usable if entry.duplicate_of is not None]
     if duplicates:
-        print(f"{len(duplicates)} of them are nearly identical to others: see duplicate_of")
-    apart = sum(split_of[entry.duplicate_of] not in (None, entry.split) for entry in duplicates if entry.duplicate_of)
+        print(f"{len(duplicates)} of them {_are(duplicates)} nearly identical to others: see duplicate_of")
+    apart = [entry for entry in duplicates if split_of.get(entry.duplicate_of or "") not in (None, entry.split)]
     if apart:
-        print(f"{apart} of these lie in another split than their originals, as --split or a list says", file=sys.stderr)
+        where = "in another split than their originals, as --split or a list says"
+        print(f"{len(apart)} of these {_are(apart)} {where}", file=sys.stderr)
     if not usable:
-        raise UserError(f"none of the {len(entries)} videos is usable")
+        raise UserError(_none_usable(entries))
     return cli.EXIT_OK
+
+
+def _are(entries: Sequence[CorpusEntry]) -> str:
+    return "is" if len(entries) == 1 else "are"
+
+
+def _none_usable(entries: Sequence[CorpusEntry]) -> str:
+    return "the only video is not usable" if len(entries) == 1 else f"none of the {len(entries)} videos is usable"
 
 
 def _print_rejected(entries: Sequence[CorpusEntry]) -> None:

@@ -10,7 +10,7 @@ small and their videos differ).
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from ardiff.data.plan import Plan
 from ardiff.errors import UserError
 from ardiff.files import write_json
 from ardiff.metrics.frechet import frechet_distance
-from ardiff.models import DiT
+from ardiff.models import build_dit
 from ardiff.randomness import Stream, normals
 from ardiff.training.weights import load_dit
 from launch.sample import add_sampling_arguments, generate_with_bar, request_of
@@ -66,11 +66,11 @@ def open_latents(source: str, config: Config, space: LatentSpace) -> ShardSet:
     return shards
 
 
-def untrained(config: Config) -> DiT:
+def untrained(config: Config) -> torch.nn.Module:
     """The network as it was before the first step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return DiT(config.model).eval()
+        return build_dit(config.model, config.diffusion.prediction).eval()
 
 
 def main() -> int:
@@ -85,14 +85,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
     options = parser.parse_args()
 
+    if options.run is None:
+        raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")
     network, config, space = load_dit(options.run, options.weights)
-    request = request_of(options, config)
-    request.text_tokens = space.text_tokens
-    if request.num_videos * request.num_frames < 2:
+    request, config = request_of(options, config)
+    request.text_tokens, num_videos = space.text_tokens, len(request.videos)
+    if num_videos * request.num_frames < 2:
         raise UserError("--num_videos 1 --num_frames 1: a distance needs at least 2 frames")
     held_out = all_features(open_latents(options.data, config, space), space)
     shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
-    noise = np.stack([normals(options.seed, Stream.SAMPLES, i, shape) for i in range(request.num_videos)])
+    noise = np.stack([normals(options.seed, Stream.SAMPLES, i, shape) for i in range(num_videos)])
     sets = {
         "samples": frame_features(generate_with_bar(network, config, request), space),
         "untrained network": frame_features(generate_with_bar(untrained(config), config, request), space),
@@ -101,7 +103,7 @@ def main() -> int:
     if options.train_data:
         train = open_latents(options.train_data, config, space)
         sets["training clips"] = clip_features(
-            train, space, request.num_videos, request.num_frames, config.data.stride, options.seed
+            train, space, num_videos, request.num_frames, config.data.stride, options.seed
         )
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
     if len(held_out) < held_out.shape[1]:
@@ -111,9 +113,8 @@ def main() -> int:
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():
         print(f"  {name:20s}{distance:10.4f}   ({len(sets[name])} frames)")
-    settings = {
-        key: value for key, value in vars(replace(request, prefix=None)).items() if key not in ("prefix", "text")
-    }
+    settings = {"num_videos": num_videos, "num_frames": request.num_frames, "seed": options.seed}
+    settings |= asdict(request.sampling)
     write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
     return cli.EXIT_OK
 

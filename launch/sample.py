@@ -1,18 +1,24 @@
-"""Sample videos from a trained run.
+"""Sample videos from a trained run, an export or a converted checkpoint.
 
     python launch/sample.py --run runs/sky --num_videos 8 --num_frames 128 --steps 50 --gap 5 --out samples
+    torchrun --nproc_per_node 8 -- launch/sample.py --run runs/sky --num_videos 256 --out samples   # ranks share them
+    python launch/sample.py --run runs/sky --num_frames 1024 --sampling.window 16 --save_every 64 --out long
+    python launch/sample.py --run runs/sky --gap 5 --show_schedule schedule.png
 
-Writes one mp4 per video, contact_sheet.png (a row per video), latents.npy and samples.json (how they were made).
+Writes every video in the formats asked for (mp4), contact_sheet.png (a row per video), latents.npy and samples.json
+(how each was made). Settings of the sampler without an option of their own are given as --sampling.solver dpmpp.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import shutil
 import sys
-import zipfile
-from fractions import Fraction
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,34 +28,78 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from ardiff import cli
-from ardiff.config import Config
+from ardiff.config import Config, with_overrides
 from ardiff.data.latent_space import LatentSpace
-from ardiff.data.text import half_features
 from ardiff.errors import UserError
-from ardiff.files import replacing, write_json
-from ardiff.sampling import ad_levels
-from ardiff.sampling.generate import Decoder, Request, cache_mode, default_device, generate
+from ardiff.files import remove_leftovers, replacing, write_json
+from ardiff.sampling import progress
+from ardiff.sampling.conditions import Prompt, class_number, encode_clip, read_prompts, text_features
+from ardiff.sampling.decoder import Decoder, default_device
+from ardiff.sampling.generate import (
+    Request,
+    Video,
+    batches,
+    cache_mode,
+    generate,
+    rows_of,
+    start,
+    video_seeds,
+    window_of,
+)
+from ardiff.sampling.levels import SlidingWindow
+from ardiff.sampling.outputs import FORMATS, VideoOutput
+from ardiff.sampling.pictures import frame_forwards, schedule_picture
 from ardiff.training.weights import load_dit
-from ardiff.video import contact_sheet, frames_at, probe, resize_and_crop, write_mp4
+from ardiff.video import contact_sheet
+
+SHEET_ROWS = 16
+DECODED_AT_ONCE = 16  # frames that wait for the decoder at most
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the sampler, shared with launch/evaluate.py; None means: as in the run's configuration."""
-    parser.add_argument("--run", type=Path, required=True, help="a run_dir, a checkpoint of it, or an export")
-    parser.add_argument("--num_videos", type=int, default=8, help="(default %(default)s)")
+    parser.add_argument("--run", type=Path, help="a run_dir, a checkpoint of it, or an export")
+    parser.add_argument("--num_videos", type=int, help="(default 8)")
     parser.add_argument("--num_frames", type=int, help="frames per video (default: a training clip)")
-    parser.add_argument("--steps", type=int, help="DDIM steps per frame (default sampling.num_steps)")
+    parser.add_argument("--steps", type=int, help="solver steps per frame (default sampling.num_steps)")
     parser.add_argument("--gap", type=int, help="steps between the starts of neighbouring frames: 0 synchronous, "
                         "--steps frame by frame (default sampling.gap)")  # fmt: skip
     parser.add_argument("--guidance", type=float, help="classifier-free guidance (default sampling.guidance)")
-    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of all videos (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="videos sampled at a time (default %(default)s)")
     parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged or plain weights")
 
 
-def request_of(options: argparse.Namespace, config: Config) -> Request:
-    """What the command line asks for. Raises UserError where it makes no sense."""
-    for name in ("num_videos", "num_frames", "steps", "batch_size", "prefix_frames"):
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only this program takes."""
+    parser.add_argument("--seeds", type=int, nargs="+", help="one for each video, as in samples.json")
+    parser.add_argument("--label", help="class (name or number) of all videos (default: all classes in turn)")
+    parser.add_argument("--text", type=Path, metavar="NPY", help="text features [N, D] of all videos; with --prompts "
+                        "a folder with one file for each line, 000000.npy ...")  # fmt: skip
+    parser.add_argument("--prefix", type=Path, metavar="VIDEO", help="a clip or picture that every video continues")
+    parser.add_argument("--prefix_frames", type=int, help="frames taken of it (default: half a training clip)")
+    parser.add_argument("--warm_frames", type=int, default=0, help="of these, frames at the end that are noised to the "
+                        "levels of a staircase instead of kept (default 0)")  # fmt: skip
+    parser.add_argument("--ending", type=Path, metavar="VIDEO", help="a clip or picture that every video ends with "
+                        "(for bidirectional models)")  # fmt: skip
+    parser.add_argument("--ending_frames", type=int, default=1, help="frames taken of its end (default 1)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one video for each line: prompt||clip")
+    parser.add_argument("--arvae", type=Path, help="decodes the samples (default: the one that made the latents)")
+    parser.add_argument("--fps", type=float, help="of the videos (default: that of the training videos)")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["mp4"], help="(default mp4)")
+    parser.add_argument("--save_every", type=int, metavar="N", help="save the state every N frames; the same command "
+                        "goes on from there")  # fmt: skip
+    parser.add_argument("--show_schedule", type=Path, metavar="PNG", help="draw the level matrix; without --out "
+                        "nothing is sampled")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # deepspeed's; the environment says it too
+
+
+def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Config]:
+    """What the command line asks for, and the configuration with it. Raises UserError where it makes no sense."""
+    for name in ("num_videos", "num_frames", "steps", "batch_size", "prefix_frames", "ending_frames", "save_every"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -57,25 +107,39 @@ def request_of(options: argparse.Namespace, config: Config) -> Request:
         value = getattr(options, name, None)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} {value}: must be a number above 0")
-    sampling, model = config.sampling, config.model
-    num_steps = options.steps or sampling.num_steps
-    gap = options.gap if options.gap is not None else min(sampling.gap, num_steps)
-    guidance = options.guidance if options.guidance is not None else sampling.guidance
-    labels = [i % model.num_classes for i in range(options.num_videos)] if model.num_classes else None
-    if guidance != 1.0 and labels is None and not model.context_dim:
-        raise UserError(f"--guidance {guidance}: this model has no classes or texts to guide towards; leave it at 1")
-    ad_levels(options.num_frames or model.num_frames, num_steps, gap, model.block)  # refuses what is impossible
-    return Request(
-        num_videos=options.num_videos,
-        num_frames=options.num_frames or model.num_frames,
-        num_steps=num_steps,
-        gap=gap,
-        guidance=guidance,
-        labels=labels,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        cache=cache_mode(model),
-    )
+    num_steps = options.steps or config.sampling.num_steps
+    changes = [f"sampling.num_steps={num_steps}"]
+    gap = options.gap if options.gap is not None else min(config.sampling.gap, num_steps)
+    changes.append(f"sampling.gap={gap}")
+    if options.guidance is not None:
+        changes.append(f"sampling.guidance={options.guidance}")
+    overrides = getattr(options, "overrides", [])
+    wrong = [word for word in overrides if word.startswith("--") and not word.startswith("--sampling.")]
+    if wrong:
+        raise UserError(f"{wrong[0]}: a trained model is sampled as it is; only --sampling.* can be changed here")
+    config = with_overrides(config, [*changes, *overrides])
+    model, sampling = config.model, config.sampling
+    if options.guidance not in (None, 1.0) and not model.num_classes and not model.context_dim:
+        raise UserError(
+            f"--guidance {options.guidance}: this model has no classes or texts to guide towards; leave it at 1"
+        )
+    if not model.num_classes and not model.context_dim:
+        sampling.guidance = 1.0
+    seeds = getattr(options, "seeds", None)
+    count = len(seeds) if seeds else options.num_videos or 8
+    if seeds and options.num_videos not in (None, count):
+        raise UserError(f"--num_videos {options.num_videos}: but --seeds names {count}")
+    labels = [i % model.num_classes if model.num_classes else None for i in range(count)]
+    videos = [
+        Video(s, label) for s, label in zip(seeds or video_seeds(options.seed, range(count)), labels, strict=True)
+    ]
+    num_frames = options.num_frames or model.num_frames
+    request = Request(videos, num_frames, sampling, options.batch_size)
+    window = window_of(sampling)
+    rows = rows_of(request, model)  # refuses what is impossible
+    if isinstance(window, SlidingWindow):
+        window.check(rows)
+    return request, config
 
 
 def generate_with_bar(network: torch.nn.Module, config: Config, request: Request) -> Tensor:
@@ -90,22 +154,169 @@ def generate_with_bar(network: torch.nn.Module, config: Config, request: Request
         return generate(network, config, request, advance)
 
 
-def _encode_prefix(path: Path, frames: int, config: Config, decoder: Decoder) -> Tensor:
-    size = decoder.network.config.image_size
-    positions = prefix_positions(path, frames, decoder.space, config.data.stride)
-    return decoder.encode(np.stack([resize_and_crop(frame, size) for _, frame in frames_at(path, positions)]))
-
-
-def prefix_positions(path: Path, frames: int, space: LatentSpace, stride: int) -> list[int]:
-    """Which frames of a clip follow one another as quickly as those of the training clips do."""
-    if space.sampled_fps is None:
-        return [k * space.stride * stride for k in range(frames)]
-    step = probe(path).fps / Fraction(space.sampled_fps) * stride
-    if step < 1:
+def set_conditions(
+    options: argparse.Namespace, request: Request, config: Config, space: LatentSpace, decoder: Decoder
+) -> None:
+    """Give the videos their classes, texts and frames."""
+    prompts = read_prompts(options.prompts) if options.prompts else None
+    if prompts is not None:
+        _one_video_per_prompt(options, request, prompts)
+    request.text_tokens = space.text_tokens
+    frames = options.prefix_frames or max(1, config.model.num_frames // 2)
+    ending = options.ending_frames if options.ending else 0
+    given = frames if options.prefix or prompts else 0
+    if given + ending >= request.num_frames:
         raise UserError(
-            f"--prefix {path}: has fewer frames per second than the training clips ({space.sampled_fps} / {stride})"
+            f"--prefix_frames {given}{f' and --ending_frames {ending}' if ending else ''}: must leave something of "
+            f"--num_frames {request.num_frames}"
         )
-    return [math.ceil(k * step - Fraction(1, 2)) for k in range(frames)]  # of two that are equally near, the earlier
+    request.warm_frames = options.warm_frames
+    if not 0 <= request.warm_frames <= given:
+        raise UserError(f"--warm_frames {request.warm_frames}: must be at most the {given} frames that are given")
+    common = encode_clip(options.prefix, frames, config, decoder, "--prefix", end=False) if options.prefix else None
+    last = encode_clip(options.ending, ending, config, decoder, "--ending", end=True) if options.ending else None
+    label = class_number(options.label, space.classes, config) if options.label is not None else None
+    text = text_features(options.text, config, space) if options.text and prompts is None else None
+    for number, video in enumerate(request.videos):
+        prompt = prompts[number] if prompts else None
+        video.label = label if label is not None else video.label
+        video.prefix, video.ending, video.text = common, last, text
+        if prompt is None:
+            continue
+        video.prompt = prompt.text
+        if prompt.clip is not None:
+            video.prefix = encode_clip(prompt.clip, frames, config, decoder, "--prompts", end=False)
+        if options.text:
+            video.text = text_features(options.text / f"{number:06d}.npy", config, space)
+
+
+def _one_video_per_prompt(options: argparse.Namespace, request: Request, prompts: list[Prompt]) -> None:
+    if options.num_videos not in (None, len(prompts)):
+        raise UserError(f"--num_videos {options.num_videos}: but --prompts has {len(prompts)} lines, a video each")
+    if options.seeds and len(options.seeds) != len(prompts):
+        raise UserError(f"--seeds names {len(options.seeds)} videos, but --prompts has {len(prompts)} lines")
+    model_classes = {video.label for video in request.videos} - {None}
+    seeds = options.seeds or video_seeds(options.seed, range(len(prompts)))
+    labels = [i % len(model_classes) if model_classes else None for i in range(len(prompts))]
+    request.videos = [Video(seed, label) for seed, label in zip(seeds, labels, strict=True)]
+
+
+class Program:
+    """Samples the share of the videos that is this rank's, decodes and writes them as they come."""
+
+    def __init__(
+        self, options: argparse.Namespace, network: torch.nn.Module, config: Config, request: Request, decoder: Decoder
+    ) -> None:
+        self.options, self.network, self.config, self.request = options, network, config, request
+        self.decoder = decoder
+        space = decoder.space
+        self.fps = options.fps or (space.fps / config.data.stride if space.fps else config.sampling.fps)
+        self.results: dict[int, dict[str, Any]] = {}  # by the number of the video
+
+    def sample(self, mine: list[int]) -> None:
+        """Make the videos with these numbers."""
+        share = Request(**{**vars(self.request), "videos": [self.request.videos[number] for number in mine]})
+        groups = list(batches(share))
+        with tqdm(unit="frames", desc="sampling", disable=None, total=len(mine) * share.num_frames) as bar:
+            for group in groups:
+                self._batch(share, group, [mine[i] for i in group], bar)
+
+    def _batch(self, share: Request, group: list[int], numbers: list[int], bar: tqdm) -> None:
+        rollout = start(self.network, self.config, share, group)
+        state = self.options.out / "state" / f"batch_{numbers[0]:06d}.safetensors"
+        every = self.options.save_every
+        mark = progress.fingerprint(share, group, self.network) if every else ""
+        before = progress.load(state, rollout, mark) if every else None
+        if before is not None:
+            tqdm.write(f"{state.name}: goes on at frame {before.shape[1]} of {share.num_frames}", file=sys.stderr)
+        with Outputs(self, numbers) as outputs:
+            parts = [before] if before is not None and before.shape[1] else []
+            if parts:
+                outputs.add(parts[0])
+                bar.update(parts[0].shape[1] * len(group))
+            saved = progress.total_frames(parts)
+            for _, latents in rollout:
+                parts.append(latents.cpu())
+                outputs.add(parts[-1])
+                bar.update(latents.shape[1] * len(group))
+                if every and (progress.total_frames(parts) >= saved + every or rollout.done):
+                    saved = progress.total_frames(parts)
+                    progress.save(state, rollout, progress.joined(parts, latents), mark)
+        for i, output in enumerate(outputs.videos):
+            sheet = np.stack(output.sheet) if numbers[i] < SHEET_ROWS else None
+            self.results[numbers[i]] = {"files": output.files, "latents": output.latents, "sheet": sheet}
+
+    def describe(self, number: int, files: list[str]) -> dict[str, Any]:
+        """How one video was made."""
+        video, classes = self.request.videos[number], self.decoder.space.classes
+        name = classes[video.label] if video.label is not None and video.label < len(classes) else None
+        return {"number": number, "files": files, "seed": video.seed, "label": video.label, "class": name,
+                "prompt": video.prompt, "given_frames": list(video.shape_key)}  # fmt: skip
+
+
+class Outputs:
+    """The files of the videos of one batch; decodes their latents a few frames at a time."""
+
+    def __init__(self, program: Program, numbers: list[int]) -> None:
+        size, frames = program.decoder.image_size, program.request.num_frames
+        out, formats = program.options.out, list(dict.fromkeys(program.options.format))
+        names = [f"video_{number:06d}" for number in numbers]
+        self.decoder = program.decoder
+        self.videos = [VideoOutput(out, name, formats, frames, (size, size), program.fps) for name in names]
+
+    def __enter__(self) -> Outputs:
+        for video in self.videos:
+            video.__enter__()
+        return self
+
+    def add(self, latents: Tensor) -> None:
+        """The next frames [B, n, L, C] of all videos."""
+        for begin in range(0, latents.shape[1], DECODED_AT_ONCE):
+            piece = latents[:, begin : begin + DECODED_AT_ONCE]
+            for video, part in zip(self.videos, piece, strict=True):
+                video.add(self.decoder.decode(part[None])[0], part.numpy())
+
+    def __exit__(self, *error: Any) -> None:
+        for video in self.videos:
+            video.__exit__(*error)
+
+
+def write_summary(program: Program, results: dict[int, dict[str, Any]]) -> None:
+    """contact_sheet.png, latents.npy and samples.json of all videos."""
+    options, request = program.options, program.request
+    order = sorted(results)
+    contact_sheet(options.out / "contact_sheet.png", [results[n]["sheet"] for n in order if n < SHEET_ROWS])
+    with replacing(options.out / "latents.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, np.stack([results[n]["latents"] for n in order]), allow_pickle=False)
+    settings = {
+        "run": str(options.run),
+        "weights": options.weights,
+        "num_frames": request.num_frames,
+        "sampling": asdict(request.sampling),
+        "seed": options.seed,
+        "prefix": str(options.prefix) if options.prefix else None,
+        "ending": str(options.ending) if options.ending else None,
+        "text": str(options.text) if options.text else None,
+        "prompts": str(options.prompts) if options.prompts else None,
+        "fps": program.fps,
+        "videos": [program.describe(n, results[n]["files"]) for n in order],
+    }
+    write_json(options.out / "samples.json", settings)
+
+
+def show_schedule(options: argparse.Namespace, request: Request, config: Config) -> None:
+    """Draw the level matrix and tell what it costs."""
+    prefix, ending = request.videos[0].shape_key
+    rows, window = rows_of(request, config.model, prefix, ending), window_of(request.sampling)
+    sliding = window if isinstance(window, SlidingWindow) else None
+    schedule_picture(options.show_schedule, rows, sliding)
+    cached = cache_mode(config.model, request.sampling, ending) == "exact"
+    forwards, everything = frame_forwards(rows, cached, sliding), frame_forwards(rows, cache=False)
+    how = "cached" if cached else "not cached"
+    print(
+        f"{options.show_schedule}: {rows.num_rows} rows, {forwards:,} frame-forwards a video ({how}; all frames in all "
+        f"rows: {everything:,})"
+    )
 
 
 def main() -> int:
@@ -114,76 +325,61 @@ def main() -> int:
         "Sample videos from a trained run.",
         "python launch/sample.py --run runs/sky --num_videos 8 --num_frames 128 --steps 50 --gap 5 --out samples",
     )
+    parser.takes_settings = True
     add_sampling_arguments(parser)
-    parser.add_argument("--label", help="class (name or number) of all videos (default: all classes in turn)")
-    parser.add_argument("--text", type=Path, metavar="NPY", help="text features [N, D] of all videos")
-    parser.add_argument("--prefix", type=Path, metavar="VIDEO", help="a clip that every video continues")
-    parser.add_argument("--prefix_frames", type=int, help="frames taken of it (default: half a training clip)")
-    parser.add_argument("--arvae", type=Path, help="decodes the samples (default: the one that made the latents)")
-    parser.add_argument("--fps", type=float, help="of the mp4 files (default: that of the training videos)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    options = parser.parse_args()
-
+    add_own_arguments(parser)
+    options, overrides = cli.parse_with_overrides(parser)
+    options.overrides = overrides
+    if options.out is None and options.show_schedule is None:
+        raise UserError("missing --out DIR, the folder of the videos (or --show_schedule PNG); see --help")
+    if options.run is None and options.out is not None:
+        raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")
+    if options.run is None:
+        request, config = request_of(options, Config())
+        show_schedule(options, request, config)
+        return cli.EXIT_OK
     network, config, space = load_dit(options.run, options.weights)
-    request = request_of(options, config)
-    if options.label is not None:
-        request.labels = [_class_number(options.label, space.classes, config)] * request.num_videos
-    request.text_tokens = space.text_tokens
-    if options.text is not None:
-        request.text = _text_features(options.text, config, space)
+    request, config = request_of(options, config)
     decoder = Decoder(space, options.arvae or config.data.arvae)
-    if options.prefix is not None:
-        frames = options.prefix_frames or max(1, config.model.num_frames // 2)
-        if frames >= request.num_frames:
-            raise UserError(f"--prefix_frames {frames}: must leave something of --num_frames {request.num_frames}")
-        request.prefix = _encode_prefix(options.prefix, frames, config, decoder)
+    set_conditions(options, request, config, space, decoder)
+    if options.show_schedule:
+        show_schedule(options, request, config)
+        if options.out is None:
+            return cli.EXIT_OK
+    return _sample(options, network.to(default_device()), config, request, decoder)
+
+
+def _sample(
+    options: argparse.Namespace, network: torch.nn.Module, config: Config, request: Request, decoder: Decoder
+) -> int:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    latents = generate_with_bar(network, config, request)
-    fps = options.fps or (space.fps / config.data.stride if space.fps else config.sampling.fps)
-    rows = []
-    for i, video in enumerate(tqdm(latents, unit="videos", desc="decoding", disable=None)):
-        pictures = decoder.decode(video[None])[0]
-        write_mp4(options.out / f"video_{i:06d}.mp4", pictures, fps)
-        if i < 16:
-            rows.append(pictures)
-    contact_sheet(options.out / "contact_sheet.png", rows)
-    with replacing(options.out / "latents.npy") as temporary, temporary.open("wb") as stream:
-        np.save(stream, latents.numpy().astype(np.float16), allow_pickle=False)
-    settings = {key: value for key, value in vars(request).items() if key not in ("prefix", "text")}
-    settings |= {
-        "text": str(options.text) if options.text else None,
-        "run": str(options.run),
-        "prefix": str(options.prefix) if options.prefix else None,
-        "fps": fps,
-    }
-    write_json(options.out / "samples.json", settings)
-    print(f"{request.num_videos} videos of {request.num_frames} frames and contact_sheet.png in {options.out}")
+    remove_leftovers(options.out)
+    program = Program(options, network, config, request, decoder)
+    for group in batches(request):
+        start(network, config, request, group)  # refuses what is impossible before anything is written
+    program.sample(list(range(len(request.videos)))[rank::size])
+    results = _gathered(program.results, size)
+    if rank == 0:
+        write_summary(program, results)
+        shutil.rmtree(options.out / "state", ignore_errors=True)
+        print(f"{len(request.videos)} videos of {request.num_frames} frames and contact_sheet.png in {options.out}")
     return cli.EXIT_OK
 
 
-def _text_features(path: Path, config: Config, space: LatentSpace) -> Tensor:
-    width = config.model.context_dim
-    if not width:
-        raise UserError(f"--text {path}: the model was trained without text (model.context_dim = 0)")
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--text {path}: not a .npy file of text features ({error})") from error
-    features = half_features(str(path), found)
-    if features.shape[1] != width or len(features) > space.text_tokens:
-        raise UserError(f"--text {path}: {features.shape} must be [N, {width}] with N from 1 to {space.text_tokens}")
-    return torch.from_numpy(features.astype(np.float32))
+def _gathered(results: dict[int, dict[str, Any]], size: int) -> dict[int, dict[str, Any]]:
+    """The results of all ranks; waits for them."""
+    if size == 1:
+        return results
+    from datetime import timedelta
 
+    import torch.distributed as dist
 
-def _class_number(label: str, classes: list[str], config: Config) -> int:
-    count = config.model.num_classes
-    if not count:
-        raise UserError(f"--label {label}: the model was trained without classes (model.num_classes = 0)")
-    if label in classes:
-        return classes.index(label)
-    if label.isdecimal() and int(label) < count:
-        return int(label)
-    raise UserError(f"--label {label}: must be a number below {count} or one of {', '.join(classes)}")
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks may finish far apart
+    everything: list[Any] = [None] * size
+    dist.all_gather_object(everything, results)
+    dist.destroy_process_group()
+    return {number: result for part in everything for number, result in part.items()}
 
 
 if __name__ == "__main__":

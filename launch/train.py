@@ -23,9 +23,10 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import open_data
 from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
-from ardiff.models import DiT
+from ardiff.models import build_dit
 from ardiff.monitor.throughput import dit_flops
-from ardiff.sampling.generate import Decoder, Request, cache_mode, generate
+from ardiff.sampling.decoder import Decoder
+from ardiff.sampling.generate import default_request, generate
 from ardiff.training import program
 from ardiff.training.job import Job, Preview
 
@@ -59,7 +60,7 @@ def build_job(config: Config) -> Job:
     return Job(
         name=NAME,
         config=config,
-        build_objective=lambda: DiffusionObjective(DiT(model), config),
+        build_objective=lambda: DiffusionObjective(build_dit(model, config.diffusion.prediction), config),
         data=data,
         collate=LatentClips(data, space, config),
         flops_per_clip=dit_flops(model),
@@ -80,21 +81,9 @@ def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:
         decoder = Decoder(space, config.data.arvae)
     except UserError as error:
         return None, f"no sample videos in TensorBoard: {error}"
-    sampling, classes = config.sampling, config.model.num_classes
 
     def draw(network: nn.Module) -> dict[str, np.ndarray]:
-        count = sampling.num_videos
-        request = Request(
-            num_videos=count,
-            num_frames=config.model.num_frames,
-            num_steps=sampling.num_steps,
-            gap=sampling.gap,
-            guidance=sampling.guidance if classes else 1.0,
-            labels=[i % classes for i in range(count)] if classes else None,
-            seed=config.train.seed,
-            cache=cache_mode(config.model),
-            text_tokens=space.text_tokens,
-        )
+        request = default_request(config, config.sampling.num_videos, config.train.seed)
         videos = decoder.decode(generate(network, config, request))
         return {f"samples/{i:02d}": video for i, video in enumerate(videos)}
 

@@ -35,6 +35,11 @@ def build_job(config: Config) -> Job:
     """The AR-VAE, its objective and its data. Raises UserError where they do not fit together."""
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of frame shards made by data_tools.shard_videos")
+    if config.vae.architecture != "ardiff":
+        raise UserError(
+            f"vae.architecture = {config.vae.architecture}: published auto-encoders are converted, not trained "
+            "(launch/convert.py); use vae.architecture=ardiff"
+        )
     data = open_data(config, "frames", FRAMES_PER_CLIP)
     size = data.manifest.details["size"]
     if size != config.vae.image_size:

@@ -11,13 +11,20 @@ from ardiff.errors import UserError
 PUBLIC_KEYS = {
     "model": (
         "num_frames tokens_per_frame in_channels hidden_size depth num_heads mlp_ratio qk_norm rope_theta "
-        "num_classes context_dim mask block context attention_backend activation_checkpointing window sink"
+        "num_classes context_dim mask block context attention_backend activation_checkpointing window sink "
+        "architecture reference.merge_mode reference.positions reference.context_tokens reference.context_dim "
+        "reference.learn_sigma"
     ),
     "vae": (
         "image_size patch_size num_tokens channels hidden_size encoder_depth decoder_depth num_heads "
-        "kl_weight l1_weight"
+        "kl_weight l1_weight architecture reference.encoder reference.decoder reference.decoder_patch_size "
+        "reference.temporal reference.unit_norm"
     ),
-    "diffusion": "num_timesteps beta_start beta_end process flow_shift prediction timesteps",
+    "diffusion": (
+        "num_timesteps beta_start beta_end process flow_shift prediction timesteps shared_probability init_probability "
+        "staircase.num_steps staircase.gap staircase.block staircase.prefix staircase.prefix_dropout staircase.pattern staircase.jitter "
+        "staircase.variable_length mixture conditioning.probability conditioning.max_frames conditioning.where"
+    ),
     "data": (
         "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "
         "max_bad_fraction cache_dir cache_gb"
@@ -27,7 +34,10 @@ PUBLIC_KEYS = {
         "grad_clip ema_decay label_dropout log_every save_every keep_checkpoints sample_every num_threads "
         "collective_timeout_minutes max_skipped_steps"
     ),
-    "sampling": "num_videos num_steps gap guidance fps",
+    "sampling": (
+        "num_videos num_steps gap guidance fps block solver eta cache window sink sliding history variable partition "
+        "lookahead"
+    ),
 }
 
 

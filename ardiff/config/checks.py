@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ardiff.config.sections import Config
+from ardiff.config.timestep_checks import mask_problems, timestep_problems
 
 
 def _bad_choices(section: Any, prefix: str) -> Iterator[str]:
@@ -60,6 +61,13 @@ BOUNDS = (
     ("diffusion.flow_shift", 0, 1e3),
     ("sampling.guidance", -1e6, 1e6),
     ("sampling.fps", 0.01, 1e4),
+    ("sampling.block", 0, 1e9),
+    ("sampling.eta", 0, 1),
+    ("sampling.window", 0, 1e9),
+    ("sampling.sink", 0, 1e9),
+    ("sampling.sliding", 0, 1e9),
+    ("sampling.history", -1, 1e9),
+    ("sampling.partition", 0, 1e9),
 )
 
 
@@ -82,6 +90,8 @@ def impossible(config: Config) -> Iterator[str]:
     yield from _impossible_data(config)
     if not too_small:  # the arithmetic below divides by them
         yield from _impossible_networks(config)
+        yield from timestep_problems(config.diffusion, config.model.num_frames)
+        yield from mask_problems(config.diffusion, config.model)
         yield from _impossible_training(config)
 
 
@@ -95,6 +105,7 @@ def _impossible_networks(config: Config) -> Iterator[str]:
             yield f"{name}.hidden_size / {name}.num_heads = {width} / {heads} must be an even whole number"
     if vae.image_size % vae.patch_size:
         yield f"vae.image_size = {vae.image_size} is no multiple of vae.patch_size = {vae.patch_size}"
+    yield from _impossible_reference(config)
     if model.mask != "block_causal" and model.block != 1:
         yield f"model.block = {model.block} has a meaning only with model.mask = block_causal"
     if model.window and model.mask == "bidirectional":
@@ -106,6 +117,28 @@ def _impossible_networks(config: Config) -> Iterator[str]:
             f"model.window = {model.window} and model.sink = {model.sink} must be multiples of model.block = "
             f"{model.block}"
         )
+
+
+def _impossible_reference(config: Config) -> Iterator[str]:
+    model, vae = config.model, config.vae
+    if model.architecture == "reference":
+        options = model.reference
+        if model.mask == "block_causal":
+            yield "model.mask = block_causal: the reference architecture has only frame_causal and bidirectional"
+        if options.context_tokens < 1 or options.context_dim < 1:
+            yield (
+                f"model.reference.context_tokens = {options.context_tokens} and context_dim = {options.context_dim} "
+                "must be at least 1"
+            )
+        if model.context_dim:
+            yield (
+                f"model.context_dim = {model.context_dim}: the reference architecture has an embedding of its own "
+                "(model.reference.context_tokens) instead of text features; leave it at 0"
+            )
+    if vae.architecture == "reference":
+        patch = vae.reference.decoder_patch_size
+        if patch < 1 or vae.image_size % patch:
+            yield f"vae.image_size = {vae.image_size} is no multiple of vae.reference.decoder_patch_size = {patch}"
 
 
 def _impossible_training(config: Config) -> Iterator[str]:
@@ -142,6 +175,19 @@ def _impossible_sampling(config: Config) -> Iterator[str]:
     sampling, diffusion = config.sampling, config.diffusion
     if not 0 < diffusion.beta_start <= diffusion.beta_end < 1:
         yield f"diffusion betas {diffusion.beta_start}, {diffusion.beta_end} must satisfy 0 < start <= end < 1"
+    if sampling.window and sampling.sliding:
+        yield "sampling.window (a mask) and sampling.sliding (frames that leave) exclude each other: give one of them"
+    if sampling.sink and not sampling.window:
+        yield f"sampling.sink = {sampling.sink} has a meaning only with sampling.window"
+    for name, off in (("history", -1), ("variable", False), ("partition", 0)):
+        if getattr(sampling, name) != off and not sampling.sliding:
+            yield f"sampling.{name} = {getattr(sampling, name)} has a meaning only with sampling.sliding"
+    if sampling.lookahead and not sampling.partition:
+        yield "sampling.lookahead has a meaning only with sampling.partition"
+    if sampling.cache == "exact" and sampling.sliding:
+        yield "sampling.cache = exact cannot be kept with sampling.sliding: use sampling.window, or cache = none"
+    if sampling.eta and sampling.solver != "ddim":
+        yield f"sampling.eta = {sampling.eta} needs sampling.solver = ddim"
     if not 0 <= sampling.gap <= sampling.num_steps:
         yield f"sampling.gap = {sampling.gap} must lie between 0 and sampling.num_steps = {sampling.num_steps}"
     if sampling.num_steps >= config.diffusion.num_timesteps:

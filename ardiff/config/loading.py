@@ -1,4 +1,8 @@
-"""Presets and YAML files, dotted overrides, and every problem reported at once with the nearest key that exists."""
+"""Presets and YAML files, dotted overrides, and every problem reported at once with the nearest key that exists.
+
+A file may begin with `extends: NAME`, another preset or a YAML file (relative to its own folder): it then says only
+what differs. Lists are replaced as a whole.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +36,9 @@ def load(preset_or_yaml: str, overrides: Sequence[str] = ()) -> Config:
     tree = OmegaConf.structured(Config)
     problems: list[str] = []
     path = _find(preset_or_yaml)
-    for key, value in _leaves(_read_yaml(path)):
-        _assign(tree, key, value, str(path), problems)
+    for layer, settings in _layers(path):
+        for key, value in _leaves(settings):
+            _assign(tree, key, value, str(layer), problems)
     for key, value in _parse_overrides(overrides, problems):
         _assign(tree, key, value, "command line", problems)
     try:
@@ -48,6 +53,20 @@ def load(preset_or_yaml: str, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise UserError("configuration refused:\n" + "\n".join(f"  - {problem}" for problem in problems))
     return config
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with some settings changed, checked as `load` does. Raises UserError."""
+    tree = OmegaConf.structured(config)
+    problems: list[str] = []
+    for key, value in _parse_overrides(overrides, problems):
+        _assign(tree, key, value, "command line", problems)
+    changed = OmegaConf.to_object(tree)
+    assert isinstance(changed, Config)
+    problems += impossible(changed)
+    if problems:
+        raise UserError(f"configuration refused: {'; '.join(problems)}")
+    return changed
 
 
 def to_yaml(config: Config) -> str:
@@ -67,7 +86,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _find(preset_or_yaml: str) -> Path:
+def _find(preset_or_yaml: str, asked_by: str = "--config") -> Path:
     path = PRESETS / f"{preset_or_yaml}.yaml"
     if path.is_file():
         return path
@@ -76,7 +95,25 @@ def _find(preset_or_yaml: str) -> Path:
         return path
     nearest = difflib.get_close_matches(preset_or_yaml, presets(), 1)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    raise UserError(f"--config {preset_or_yaml}: neither a file nor a preset ({', '.join(presets())}){hint}")
+    raise UserError(f"{asked_by} {preset_or_yaml}: neither a file nor a preset ({', '.join(presets())}){hint}")
+
+
+def _layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A file and all that it extends, the most basic one first. Raises UserError for a circle or an unknown name."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    while True:
+        settings = _read_yaml(path)
+        layers.insert(0, (path, settings))
+        base = settings.pop("extends", None)
+        if base is None:
+            return layers
+        if not isinstance(base, str):
+            raise UserError(f"{path}: extends: {base!r} must be the name of a preset or a YAML file")
+        beside = path.parent / base
+        following = beside if beside.is_file() else _find(base, f"{path}: extends:")
+        if following.resolve() in (layer.resolve() for layer, _ in layers):
+            raise UserError(f"{path}: extends: {base} goes round in a circle; remove one of them")
+        path = following
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -137,7 +174,7 @@ def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[
     keys = list(_all_keys())
     if key not in keys:
         last = key.rsplit(".", 1)[-1]
-        by_name = [other for other in keys if other.rsplit(".", 1)[-1] == last]
+        by_name = sorted((other for other in keys if other.rsplit(".", 1)[-1] == last), key=lambda key: key.count("."))
         nearest = by_name[:1] or difflib.get_close_matches(key, keys, 1, cutoff=0.5)
         hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; sections are {', '.join(_sections())}"
         problems.append(f"{source}: unknown setting '{key}'{hint}")

@@ -12,6 +12,17 @@ def one_of(default: str, *choices: str) -> Any:
 
 
 @dataclass
+class ReferenceModelConfig:
+    """What only the networks of the published AR-Diffusion code have (model.architecture = reference)."""
+
+    merge_mode: str = one_of("share_norm", "separate_norm", "reproduce", "sharenorm_shift_first_t")
+    positions: str = one_of("flat", "rotary")  # of the token in the clip (flat) or after the context tokens (rotary)
+    context_tokens: int = 77  # of the stored embedding that conditions every frame
+    context_dim: int = 768
+    learn_sigma: bool = False  # twice the output channels, of which sampling uses the first half
+
+
+@dataclass
 class ModelConfig:
     """The diffusion transformer. Defaults are the 28-layer model of the paper (672 M parameters)."""
 
@@ -33,6 +44,19 @@ class ModelConfig:
     activation_checkpointing: bool = False
     window: int = 0  # frames that a frame reads, itself included; 0: all earlier ones
     sink: int = 0  # of a window: the first frames of the video, which are read always
+    architecture: str = one_of("ardiff", "reference")  # reference: the network of the published weights
+    reference: ReferenceModelConfig = field(default_factory=ReferenceModelConfig)
+
+
+@dataclass
+class ReferenceVAEConfig:
+    """What only the published auto-encoders have; their sizes come from here instead of width, depths and heads."""
+
+    encoder: str = one_of("large", "base", "small")  # ViT of 24, 12, 8 layers of width 1024, 768, 512 (TiTok)
+    decoder: str = one_of("large", "base", "small")
+    decoder_patch_size: int = 16
+    temporal: bool = False  # frames are decoded with those before them
+    unit_norm: bool = True  # latents are normalised to length 1 before they are decoded
 
 
 @dataclass
@@ -49,6 +73,55 @@ class VAEConfig:
     num_heads: int = 8
     kl_weight: float = 1e-6
     l1_weight: float = 0.2  # the reconstruction loss is (1 - l1_weight) * MSE + l1_weight * L1
+    architecture: str = one_of("ardiff", "reference")  # reference: the network of the published weights
+    reference: ReferenceVAEConfig = field(default_factory=ReferenceVAEConfig)
+
+
+# Distributions of training timesteps, see diffusion/timesteps: without order or plain (the first five), imitating a
+# method of sampling (the next four), and several of them by weight.
+TIMESTEPS = (
+    "fopp",
+    "synchronous",
+    "independent",
+    "uniform_monotone",
+    "fvdm",
+    "pavdm",
+    "rolling",
+    "ad_matched",
+    "teacher_forced",
+    "mixture",
+)
+
+
+@dataclass
+class StaircaseConfig:
+    """The sampling that the timesteps `pavdm`, `ad_matched`, `teacher_forced` and `rolling` imitate in training."""
+
+    num_steps: int = 50  # S: solver steps that take a frame from noise to data
+    gap: int = 5  # s of ad_matched: steps between the starts of neighbouring blocks; pavdm has S / its chunks
+    block: int = 1  # frames that share a level and move together (n of PA-VDM's chunks)
+    prefix: int = 0  # clean frames in front, given and not trained: PA-VDM's keep_x0 is one block
+    prefix_dropout: float = 0.0  # of pavdm and rolling: share of samples without it, so that videos begin from nothing
+    pattern: str = one_of("linear-shift", "linear", "linear-variance", "linear-variance-shift")  # what jitter moves
+    jitter: float = 0.4  # its deviation, in solver steps: of all frames alike (shift) or of each by itself (variance)
+    variable_length: float = 0.0  # share of samples in a window of the start or end of a video: frames are left out
+
+
+@dataclass
+class ConditioningConfig:
+    """Frames that are given in training, on top of any distribution: fed without noise and masked in the loss."""
+
+    probability: float = 0.0  # share of samples with given frames
+    max_frames: int = 1  # their number is uniform in 1..max_frames
+    where: str = one_of("prefix", "ends", "anywhere")  # ends: some in front and some at the end, for interpolation
+
+
+@dataclass
+class TimestepsShare:
+    """One of several distributions of timesteps that are mixed."""
+
+    timesteps: str = ""
+    weight: float = 1.0  # its share of the samples is weight / sum of all weights
 
 
 @dataclass
@@ -61,7 +134,17 @@ class DiffusionConfig:
     process: str = one_of("ddpm", "rectified_flow")  # x_t between data and noise: see diffusion/schedule.py
     flow_shift: float = 1.0  # of rectified_flow: r of the time warp r t / (1 + (r - 1) t); 0: from the resolution
     prediction: str = one_of("x0", "eps", "v")  # v of rectified_flow: x0 - noise
-    timesteps: str = one_of("fopp", "synchronous", "independent", "uniform_monotone")
+    timesteps: str = one_of(*TIMESTEPS)
+    shared_probability: float = 0.8  # of fvdm: share of samples with one timestep for all frames
+    init_probability: float = 0.1  # of rolling: share of samples that begin a video
+    staircase: StaircaseConfig = field(default_factory=StaircaseConfig)
+    mixture: list[TimestepsShare] = field(default_factory=list)  # of timesteps = mixture
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+
+    @property
+    def used_timesteps(self) -> set[str]:
+        """The distributions that samples are drawn from."""
+        return {part.timesteps for part in self.mixture} if self.timesteps == "mixture" else {self.timesteps}
 
 
 @dataclass
@@ -135,6 +218,17 @@ class SamplingConfig:
     gap: int = 5
     guidance: float = 1.0
     fps: float = 8.0
+    block: int = 0  # frames that share a level; 0: those of the model's mask
+    solver: str = one_of("ddim", "dpmpp")
+    eta: float = 0.0  # of ddim: 0 deterministic, 1 ancestral
+    cache: str = one_of("auto", "exact", "none")  # auto: exact where the mask allows it
+    window: int = 0  # frames that a frame reads at most (0: as the model), so that a long video takes no more memory
+    sink: int = 0  # of a window: the first frames of the video, which are read always
+    sliding: int = 0  # frames that the network sees at a time, for masks that allow no cache; 0: all of them
+    history: int = -1  # of `sliding`: finished frames among them at most; -1: as many as fit
+    variable: bool = False  # of `sliding`: frames that have not begun are left out (PA-VDM's variable length)
+    partition: int = 0  # of `sliding`: evaluate it in pieces of so many frames (FIFO)
+    lookahead: bool = False  # of `partition`: pieces overlap by half and count for their noisier half
 
 
 @dataclass

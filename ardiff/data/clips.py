@@ -21,7 +21,7 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture
 from ardiff.data.plan import Visits
 from ardiff.data.tar import ShardError
-from ardiff.diffusion.timesteps import draw_from_seeds
+from ardiff.diffusion.timesteps import Draw, Timesteps
 from ardiff.errors import UserError
 from ardiff.randomness import Stream, hashed, normals, uniforms
 
@@ -64,6 +64,10 @@ class Collate(Protocol):
 
     def __call__(self, planned: Visits, /) -> Clips:
         """The clips of these visits, or of others where one cannot be read."""
+        ...
+
+    def counted_frames(self, planned: Visits, /) -> np.ndarray:
+        """How many frames of each clip [n] the loss counts, known of all ranks' clips without reading them."""
         ...
 
 
@@ -116,26 +120,29 @@ class LatentClips:
 
     def __init__(self, data: Mixture, space: LatentSpace, config: Config) -> None:
         self.data, self.space, self.config = data, space, config
+        self.timesteps = Timesteps(config.diffusion, config.model.num_frames)
 
     def __call__(self, visits: Visits) -> Clips:
-        """latents, noise [B, F, L, C]; timesteps, mask [B, F]; label [B]; context [B, N, D]."""
+        """latents, noise [B, F, L, C]; timesteps, mask [B, F]; and, for models that need them, label [B]; context
+        [B, N, D]; given [B, F] and window [B] of the `Draw`.
+        """
         model, seed, positions = self.config.model, self.config.train.seed, visits.position
+        draw = self._draw(visits)
+        mask = self.timesteps.trained(draw, visits.num_frames)
         latents, text, visits, bad = self.read(visits)
         noise = np.empty(latents.shape, dtype=np.float32)
         for i, position in enumerate(positions.tolist()):
             noise[i] = normals(seed, Stream.NOISE, position, noise.shape[1:])
-        timesteps = draw_from_seeds(
-            self.config.diffusion.timesteps,
-            hashed(seed, Stream.TIMESTEPS, positions),
-            model.num_frames,
-            self.config.diffusion.num_timesteps,
-        )
         tensors = {
             "latents": torch.from_numpy(self.space.to_model(latents)),
             "noise": torch.from_numpy(noise),
-            "timesteps": timesteps,
-            "mask": _frame_mask(visits, model.num_frames),
+            "timesteps": draw.timesteps,
+            "mask": mask,
         }
+        if self.timesteps.gives:
+            tensors["given"] = draw.given
+        if self.timesteps.cuts:
+            tensors["window"] = draw.window
         dropped = uniforms(hashed(seed, Stream.LABEL_DROP, positions), 1)[:, 0] < self.config.train.label_dropout
         if model.context_dim:
             tensors["context"] = torch.from_numpy(np.where(dropped[:, None, None], 0, text))
@@ -143,6 +150,16 @@ class LatentClips:
             label = self.data.labels[visits.video].astype(np.int64)
             tensors["label"] = torch.from_numpy(np.where(dropped | (label < 0), model.num_classes, label))
         return Clips(tensors, bad)
+
+    def counted_frames(self, visits: Visits) -> np.ndarray:
+        """Frames of each clip [n] that are real, noised and in the window."""
+        if not (self.timesteps.gives or self.timesteps.cuts):
+            return visits.num_frames
+        return self.timesteps.trained(self._draw(visits), visits.num_frames).sum(dim=1).numpy()
+
+    def _draw(self, visits: Visits) -> Draw:
+        keys = hashed(self.config.train.seed, Stream.TIMESTEPS, visits.position)
+        return self.timesteps.from_seeds(keys, visits.num_frames)
 
     def read(self, planned: Visits) -> tuple[np.ndarray, np.ndarray, Visits, list[BadSample]]:
         """What lies on disk: latents float16 [B, F, L, C], zero beyond the end of a video, and the text features
@@ -237,6 +254,10 @@ class FrameClips:
             "mask": _frame_mask(visits, self.num_frames),
         }
         return Clips(tensors, bad)
+
+    def counted_frames(self, planned: Visits) -> np.ndarray:
+        """Real frames of each clip [n]."""
+        return planned.num_frames
 
 
 def _flips(config: Config, positions: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from ardiff.data.plan import Places, Plan, Visits, places
 from ardiff.data.remote import ShardCache
 from ardiff.data.shards import Manifest, Moments
 from ardiff.data.tar import ShardError
+from ardiff.data.urls import split_credentials
 from ardiff.errors import UserError
 from ardiff.randomness import Stream, hashed
 
@@ -242,17 +244,19 @@ def open_data(config: Config, kind: str, num_frames: int) -> Mixture:
     cache = ShardCache(Path(data.cache_dir), int(data.cache_gb * 1e9)) if data.cache_dir else None
     plans: list[Plan] = []
     for source in sources:
-        shards = open_shards(source.shards, kind, cache, data.verify)
+        name = split_credentials(source.shards)[0] if cache is None else cache.without_credentials(source.shards)
+        shards = open_shards(name, kind, cache, data.verify)
+        _check_distinct(name, shards.manifest)
         if data.flip_probability and not shards.has_flipped:
             raise UserError(
-                f"data.flip_probability = {data.flip_probability}, but {source.shards} has no latents of mirrored "
+                f"data.flip_probability = {data.flip_probability}, but {name} has no latents of mirrored "
                 "frames; extract them with data_tools.extract_latents --flip"
             )
         if config.model.context_dim and kind == "latents":
             width = shards.manifest.details.get("text_dim") if shards.has_text else None
             if width != config.model.context_dim:
                 found = "no text features" if width is None else f"text features of width {width}"
-                raise UserError(f"model.context_dim = {config.model.context_dim}, but {source.shards} has {found}")
+                raise UserError(f"model.context_dim = {config.model.context_dim}, but {name} has {found}")
         # Sets of one size must not go through the same permutation in step.
         seed = (
             config.train.seed if not plans else int(hashed(config.train.seed, Stream.SETS, np.array([len(plans)]))[0])
@@ -261,6 +265,13 @@ def open_data(config: Config, kind: str, num_frames: int) -> Mixture:
     if cache is not None:
         _check_cache(plans, cache)
     return Mixture(plans, [source.weight for source in sources])
+
+
+def _check_distinct(source: str, manifest: Manifest) -> None:
+    """Refuse a pattern that names a shard twice: its videos would be seen twice as often."""
+    name, count = Counter(shard.file for shard in manifest.shards).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{source}: names {name} {count} times; use data.mixture to give some videos more weight")
 
 
 def _check_cache(plans: list[Plan], cache: ShardCache) -> None:

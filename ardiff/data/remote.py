@@ -3,45 +3,45 @@
 The cache is shared by all processes of a node. A file's name is its sha256, so equal names of different data sets
 cannot be confused; it appears under that name only when its content has been compared. The least recently used shards
 make room for new ones.
+
+    SHA256.tar           a shard
+    sets/URL-VERSION/    manifest and indexes of a data set. The version is the manifest's sha256, so a data set that
+                         is replaced at its source does not change for a run that has begun
+    locks/               held while something is fetched or, shared, while a set is in use
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+from ardiff.data.downloads import Check, DamagedError, DiskError, UnavailableError, download
 from ardiff.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest
 from ardiff.data.tar import ShardError
+from ardiff.data.urls import Credentials, is_remote, split_credentials
 from ardiff.errors import UserError
-from ardiff.files import replacing, sha256
+from ardiff.files import remove_leftovers, sha256
+from ardiff.locks import discard, hold, locked
+
+__all__ = ["ShardCache", "is_remote"]
 
 log = logging.getLogger("ardiff")
-# What fsspec knows beyond these, such as shells, ssh or archives within archives, is refused.
-PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
-PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the second attempt; doubled each time
 START_PATIENCE = 15.0  # seconds of trying to reach a data set at the start
 PATIENCE = 1200.0  # and in a run; less than train.collective_timeout_minutes, or the other ranks give up first
 TELL_AFTER = 30.0
 RESERVED = ".room"
 CONNECTIONS = 16  # for the many small index files
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 NOTE_EVERY = 30.0  # seconds between notes of a shard's last use
-
-
-def is_remote(source: str) -> bool:
-    """Whether a data set is named by a URL. Raises UserError for a kind of URL that is not read."""
-    protocol, separator, rest = source.partition("://")
-    if source.startswith("pipe:") or (separator and (protocol not in PROTOCOLS or "::" in source)):
-        raise UserError(f"{source}: shards are read from folders or from {', '.join(PROTOCOLS[:-1])} URLs only")
-    return bool(separator and rest)
+KEEP_SETS = 30 * 24 * 3600.0  # seconds after their last use that manifests and indexes stay
 
 
 class ShardCache:
@@ -50,34 +50,103 @@ class ShardCache:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         try:
-            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            for part in ("locks", "sets"):
+                (folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir {folder}: cannot be made ({error.strerror})") from error
         self._noted: dict[str, float] = {}
         self._hopeless: dict[str, str] = {}  # shards that could not be had, and why
+        self._credentials: dict[str, Credentials] = {}
+        self._versions: dict[str, str] = {}  # sha256 of the manifests in use
+        self._in_use: dict[str, int] = {}  # locks on their folders
+        weakref.finalize(self, _close_all, self._in_use)
+
+    def without_credentials(self, url: str) -> str:
+        """The URL under which a data set, its manifest or its tars are known from now on, and which may be shown."""
+        shown, credentials = split_credentials(url)
+        if any(credentials):
+            self._credentials[_folder_of(shown)] = credentials
+        return shown
 
     def manifest(self, url: str) -> Manifest:
         """Fetch manifest and indexes of a remote data set; the folder of the result holds them."""
-        url = url.removesuffix(MANIFEST).rstrip("/")
-        folder = self.folder / "sets" / hashlib.sha256(url.encode()).hexdigest()[:16]
-        with self._locked(folder.name):
+        url = _folder_of(self.without_credentials(url))
+        name = _set_name(url)
+        with self._locked(name):
+            folder = self._fetch_manifest(url, name)
             try:
-                self._download(f"{url}/{MANIFEST}", folder / MANIFEST)
-            except _UnavailableError as error:
-                raise UserError(f"{url}/{MANIFEST}: cannot be fetched ({error})") from error
-            manifest = read_manifest(folder)
-
-            def fetch(shard: ShardEntry) -> None:
-                name = Path(shard.file).with_suffix(".index.npy").name
-                if not (folder / name).is_file() or sha256(folder / name) != shard.index_sha256:
-                    self._download(f"{url}/{name}", folder / name)
-
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
+                self._fetch_indexes(url, folder)
+            except DamagedError:  # the set may have been replaced since its manifest was fetched
+                known, folder = folder, self._fetch_manifest(url, name)
                 try:
-                    list(pool.map(fetch, manifest.shards))
-                except _UnavailableError as error:
-                    raise UserError(f"{url}: an index cannot be fetched ({error})") from error
-        return manifest
+                    self._fetch_indexes(url, folder)
+                except DamagedError as error:
+                    remedy = "copy it there again" if folder == known else "wait until all of the data set is in place"
+                    raise UserError(f"{error}; {remedy}") from error
+            self._clean(name, folder.name)
+        return read_manifest(folder)
+
+    def _fetch_manifest(self, url: str, name: str) -> Path:
+        """The folder for the version of a data set that is at its source now, with the manifest."""
+        arrived = self.folder / "sets" / f"{name}.{MANIFEST}"
+        try:
+            self._download(f"{url}/{MANIFEST}", arrived)
+        except UnavailableError as error:
+            raise UserError(f"{url}/{MANIFEST}: cannot be fetched ({error})") from error
+        self._versions[url] = sha256(arrived)
+        folder = self.folder / "sets" / f"{name}-{self._versions[url][:16]}"
+        if folder.name not in self._in_use:
+            handle = hold(self.folder / "locks" / folder.name, shared=True)
+            assert handle is not None
+            self._in_use[folder.name] = handle
+        folder.mkdir(exist_ok=True)
+        arrived.replace(folder / MANIFEST)
+        os.utime(folder)
+        return folder
+
+    def _fetch_indexes(self, url: str, folder: Path) -> None:
+        """Fetch the indexes that are not there. Raises DamagedError for one that is not what the manifest lists."""
+
+        def fetch(shard: ShardEntry) -> None:
+            path = folder / Path(shard.file).with_suffix(".index.npy").name
+
+            def check(arrived: Path) -> None:
+                if sha256(arrived) != shard.index_sha256:
+                    raise DamagedError(f"{url}/{path.name}: not the index that the manifest lists")
+
+            if not path.is_file() or sha256(path) != shard.index_sha256:
+                self._download(f"{url}/{path.name}", path, check)
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            try:
+                list(pool.map(fetch, read_manifest(folder).shards))
+            except UnavailableError as error:
+                raise UserError(f"{url}: an index cannot be fetched ({error})") from error
+
+    def _clean(self, name: str, version: str) -> None:
+        """Delete other versions of a data set, sets that were not used for long, and locks of what is not there.
+
+        What other processes use, they hold.
+        """
+        sets, locks = self.folder / "sets", self.folder / "locks"
+        remove_leftovers(sets)
+        for path in list(sets.iterdir()):
+            with suppress(FileNotFoundError):  # another process cleans as well
+                old = time.time() - path.stat().st_mtime > KEEP_SETS
+                if path.is_dir() and path.name != version and (old or path.name.startswith(f"{name}-")):
+                    self._discard(locks / path.name, partial(shutil.rmtree, path, ignore_errors=True))
+        known = {path.name for path in sets.iterdir()} | {path.stem for path in self.folder.glob("*.tar")}
+        known |= {each.partition("-")[0] for each in known} | {"room", name}
+        for path in list(locks.iterdir()):
+            if path.name not in known:
+                self._discard(path)
+
+    def _discard(self, lock: Path, delete: Callable[[], object] = lambda: None) -> None:
+        """Delete something with its lock, unless it is in use."""
+        handle = hold(lock, wait=False)
+        if handle is not None:
+            delete()
+            discard(lock, handle)
 
     def open(self, shard: ShardEntry, url: str) -> int:
         """A file descriptor, to be closed by the caller, of a shard of the data set at `url`, fetched if need be.
@@ -118,58 +187,55 @@ class ShardCache:
         return handle
 
     def _fetch(self, shard: ShardEntry, url: str, target: Path) -> int:
-        """Fetch a shard, a second time if the first copy is damaged, and return it open."""
+        """Fetch a shard, a second time if the first copy is damaged, and return it open: it may be evicted at once."""
+        address = f"{url.rstrip('/')}/{shard.file}"
+        handles: list[int] = []
+
+        def check(arrived: Path) -> None:
+            _compare(arrived, shard)
+            handles.append(os.open(arrived, os.O_RDONLY))
+
         for attempt in range(2):
             try:
-                handle = self._download(f"{url.rstrip('/')}/{shard.file}", target, shard)
-                assert handle is not None
-                return handle
-            except _UnavailableError as error:
+                self._download(address, target, check, PATIENCE)
+                return handles[-1]
+            except UnavailableError as error:
                 reason = f"cannot be fetched ({error})"
                 break
-            except _DamagedError as error:
+            except DamagedError as error:
                 reason = f"fetched twice, and not what the manifest says: {error}"
                 if attempt == 0:
-                    log.warning("%s/%s: %s; fetching it again", url, shard.file, error)
+                    log.warning("%s: %s; fetching it again", address, error)
+        self._require_same_set(url.rstrip("/"))
         self._hopeless[shard.sha256] = reason
-        raise ShardError(f"{url}/{shard.file}", 0, reason)
+        raise ShardError(address, 0, reason)
 
-    def _download(self, url: str, target: Path, shard: ShardEntry | None = None) -> int | None:
-        """Fetch one file, atomically. A shard is compared with its entry before it gets its name, and returned open:
-        under that name it may be evicted at once.
+    def _require_same_set(self, url: str) -> None:
+        """Raise UserError if the data set at `url` has been replaced since its manifest was fetched: all that comes
+        from there now would be taken for damaged.
         """
-        import fsspec
-
-        patience = PATIENCE if shard is not None else START_PATIENCE
-        begin, pause = time.monotonic(), PAUSE
-        while True:
-            handle = None
+        name = _set_name(url)
+        arrived = self.folder / "sets" / f"{name}.now.json"
+        with self._locked(name):
             try:
-                with replacing(target) as temporary:
-                    system, path = fsspec.core.url_to_fs(url)
-                    system.get_file(path, str(temporary))
-                    if shard is not None:
-                        _compare(temporary, shard)
-                        handle = os.open(temporary, os.O_RDONLY)
-                return handle
-            except ImportError as error:
-                raise UserError(f"{url}: needs a package that is not installed ({error})") from error
-            except FileNotFoundError as error:
-                raise _UnavailableError("not found") from error
-            except _DamagedError:
-                raise
-            except Exception as error:  # every store has exceptions of its own
-                number = error.errno if isinstance(error, OSError) else None
-                if number in _DISK_ERRNOS or (number and _is_below(getattr(error, "filename", None), self.folder)):
-                    reason = os.strerror(number or 0)
-                    raise UserError(f"data.cache_dir {self.folder}: {reason}; see data.cache_gb") from error
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                if time.monotonic() - begin + pause > patience:
-                    raise UserError(f"{url}: cannot be reached for {patience:.0f} s ({reason})") from error
-                # An outage must not turn good shards into bad samples: wait for its end, and say so.
-                log.warning("%s: %s; trying again in %.0f s", url, reason, pause)
-                time.sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE)
+                self._download(f"{url}/{MANIFEST}", arrived, patience=PATIENCE)
+                now = sha256(arrived)
+            except UnavailableError:
+                return
+            finally:
+                arrived.unlink(missing_ok=True)
+        if now != self._versions.get(url, now):
+            raise UserError(f"{url}: the data set was replaced since this run began; put it back, or start a new run")
+
+    def _download(
+        self, url: str, target: Path, check: Check = lambda _: None, patience: float = START_PATIENCE
+    ) -> None:
+        """Fetch one file into the cache, see `download`."""
+        address = self._credentials.get(url.rpartition("/")[0], Credentials()).added_to(url)
+        try:
+            download(url, address, target, check, patience)
+        except DiskError as error:
+            raise UserError(f"data.cache_dir {self.folder}: {error}; see data.cache_gb") from error
 
     @contextmanager
     def _room(self, shard: ShardEntry) -> Iterator[None]:
@@ -215,14 +281,7 @@ class ShardCache:
         for path in list(self.folder.iterdir()):
             sha = path.name[1:65]
             if path.name.startswith(".") and (RESERVED in path.name or ".tar.tmp." in path.name) and sha != own:
-                handle = os.open(self.folder / "locks" / sha, os.O_CREAT | os.O_RDWR)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink(missing_ok=True)
-                except BlockingIOError:
-                    pass
-                finally:
-                    os.close(handle)
+                self._discard(self.folder / "locks" / sha, partial(path.unlink, missing_ok=True))
 
     def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Shards and reservations; what another process removes meanwhile is passed over."""
@@ -231,32 +290,28 @@ class ShardCache:
                 if path.suffix == ".tar" or path.name.endswith(RESERVED):
                     yield path, path.stat()
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str) -> AbstractContextManager[None]:
         """Exclude the other threads and processes of this node."""
-        handle = os.open(self.folder / "locks" / name, os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
-
-
-class _UnavailableError(Exception):
-    """A file could not be fetched."""
-
-
-class _DamagedError(Exception):
-    """A file was fetched, but is not what it should be."""
-
-
-def _is_below(path: object, folder: Path) -> bool:
-    return isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder)
+        return locked(self.folder / "locks" / name)
 
 
 def _compare(path: Path, shard: ShardEntry) -> None:
     size = path.stat().st_size
     if size != shard.bytes:
-        raise _DamagedError(f"{size} bytes instead of {shard.bytes}")
+        raise DamagedError(f"{size} bytes instead of {shard.bytes}")
     if sha256(path) != shard.sha256:
-        raise _DamagedError("its sha256 is wrong")
+        raise DamagedError("its sha256 is wrong")
+
+
+def _folder_of(url: str) -> str:
+    """The URL without the name of a manifest or tars at its end."""
+    return url.rpartition("/")[0] if url.endswith((".json", ".tar")) else url.rstrip("/")
+
+
+def _set_name(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
+
+
+def _close_all(locks: dict[str, int]) -> None:
+    for handle in locks.values():
+        os.close(handle)

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ardiff.data.tar import Member, ShardError, read_members
+from ardiff.data.tar import Member, ShardError, read_member, read_members
 from ardiff.errors import UserError
 from ardiff.files import replacing, sha256, write_json
 
@@ -46,6 +46,8 @@ NPY_HEADER = re.compile(
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_JSON = 1 << 24
+MAX_HEADER = 1 << 12  # of a .npy member: numpy needs 128 bytes
+CHUNK = 1 << 20  # bytes held at a time where a member is only passed through
 INDEX_DTYPE = np.dtype(
     [
         ("sample", "<i8"),  # which sample of this shard
@@ -184,16 +186,13 @@ def index_tar(path: Path) -> np.ndarray:
             kind = MEMBERS.get(member.extension)
             if kind is None and not FRAME_MEMBER.match(member.extension):
                 continue
-            stream.seek(member.offset)
-            data = stream.read(member.size)
             start, frames = 0, 1
             if kind is not None:
-                start, shape = _array(data, path, member)
+                start, shape = _array(stream, path, member)
                 frames = shape[0]
-                data = data[start:]
-            crc = zlib.crc32(data)
+            crc = _checksum(stream, path, member, start)
             number_of_class = -1 if label is None else int(label)
-            rows.append((number, member.offset + start, len(data), frames, number_of_class, crc, kind or 0))
+            rows.append((number, member.offset + start, member.size - start, frames, number_of_class, crc, kind or 0))
         if all(row[-1] for row in rows[before:]):
             raise ShardError(path, members[0].offset, f"{members[0].key} has neither latents nor pictures")
     return np.array(rows, dtype=INDEX_DTYPE)
@@ -223,8 +222,7 @@ def read_samples(path: Path) -> Iterator[Sample]:
         sample = Sample(members[0].key, info, {})
         for member in members:
             if member.extension != "json":
-                stream.seek(member.offset)
-                sample.members[member.extension] = stream.read(member.size)
+                sample.members[member.extension] = read_member(stream, member, path)
         yield sample
 
 
@@ -249,9 +247,8 @@ def _description(members: list[Member], stream: BinaryIO, path: Path) -> dict[st
     member = found[0]
     if member.size > MAX_JSON:
         raise ShardError(path, member.offset, f"{member.name} has {member.size} bytes, more than {MAX_JSON}")
-    stream.seek(member.offset)
     try:
-        info = json.loads(stream.read(member.size))
+        info = json.loads(read_member(stream, member, path))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ShardError(path, member.offset, f"{member.name} is not JSON ({error})") from error
     label = info.get("class") if isinstance(info, dict) else False
@@ -260,26 +257,41 @@ def _description(members: list[Member], stream: BinaryIO, path: Path) -> dict[st
     return info
 
 
-def _array(data: bytes, path: Path, member: Member) -> tuple[int, tuple[int, ...]]:
+def _array(stream: BinaryIO, path: Path, member: Member) -> tuple[int, tuple[int, ...]]:
     """Where the numbers of a .npy member start and their shape [frames, tokens, channels] or, of text, [tokens, D]."""
+    stream.seek(member.offset)
     try:
-        return parse_array(data, 2 if member.extension == TEXT_MEMBER else 3)
+        header = stream.read(min(member.size, MAX_HEADER))
+        return parse_array(header, 2 if member.extension == TEXT_MEMBER else 3, member.size)
     except ValueError as error:
         raise ShardError(path, member.offset, f"{member.name} {error}") from error
 
 
-def parse_array(data: bytes, axes: int) -> tuple[int, tuple[int, ...]]:
-    """Where the numbers of a float16 .npy file start, and their shape.
+def _checksum(stream: BinaryIO, path: Path, member: Member, start: int) -> int:
+    """The crc32 of a member from byte `start` on, whatever its size."""
+    stream.seek(member.offset + start)
+    crc, left = 0, member.size - start
+    while left:
+        data = stream.read(min(left, CHUNK))
+        if not data:
+            raise ShardError(path, member.offset, f"the file ends inside {member.name}")
+        crc, left = zlib.crc32(data, crc), left - len(data)
+    return crc
+
+
+def parse_array(data: bytes, axes: int, size: int | None = None) -> tuple[int, tuple[int, ...]]:
+    """Where the numbers of a float16 .npy file start, and their shape; of `size` bytes, `data` may be the first ones.
 
     The header must be exactly what numpy writes for such an array: no parser runs on what a shard says. Raises
     ValueError, in words that go on after the name of the file.
     """
+    size = len(data) if size is None else size
     header = NPY_HEADER.match(data)
     shape = tuple(int(size) for size in header[2].split(b",")) if header else ()
     if header is None or len(shape) != axes or int.from_bytes(header[1], "little") != header.end() - 10:
         raise ValueError("must be a float16 .npy array, not empty, in C order")
-    if len(data) - header.end() != 2 * math.prod(shape):
-        raise ValueError(f"has {len(data) - header.end()} bytes of data for float16 {shape}")
+    if size - header.end() != 2 * math.prod(shape):
+        raise ValueError(f"has {size - header.end()} bytes of data for float16 {shape}")
     return header.end(), shape
 
 
@@ -309,6 +321,21 @@ def _well_formed(shard: ShardEntry) -> bool:
     return all(type(count) is int and 0 <= count < 2**62 for count in counts) and isinstance(shard.statistics, dict)
 
 
+def _in_words(error: Exception) -> str:
+    """What is wrong with a manifest, for a reader who does not know Python."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    if isinstance(error, OSError):
+        return f"it cannot be read: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "it is not an object with a list of shards"
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read manifest.json given its path or its folder. Raises UserError when it is missing or malformed."""
     file = path / MANIFEST if path.is_dir() else path
@@ -323,7 +350,7 @@ def read_manifest(path: Path) -> Manifest:
             " (frames), which write it last"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a manifest of shards ({error!r})") from error
+        raise UserError(f"{file}: not a manifest of shards ({_in_words(error)})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format {version}, this version of ardiff reads format {FORMAT_VERSION}")
     for shard in shards:

@@ -29,7 +29,7 @@ class GlobalBatch:
 
     position: int  # of the first sample
     size: int  # samples over all ranks
-    num_frames: int  # real (unmasked) frames over all ranks
+    num_frames: int  # frames that the loss counts, over all ranks
     micro_batches: list[dict[str, Tensor]]
     bad: list[BadSample] = field(default_factory=list)  # this rank's samples that were replaced
 
@@ -111,7 +111,8 @@ class BatchStream:
             clips = self.collate(Visits(*(column[start : start + at_once] for column in columns)))
             pieces += self._micro_batches(clips.tensors)
             bad += clips.bad
-        num_frames, each = planned.num_frames.sum(axis=1).tolist(), share // size
+        counted = self.collate.counted_frames(Visits(*(column.reshape(-1) for column in planned)))
+        num_frames, each = counted.reshape(batches, -1).sum(axis=1).tolist(), share // size
         found = []
         for number in range(batches):
             first = position + number * self.global_batch_size

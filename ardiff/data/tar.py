@@ -20,6 +20,7 @@ BLOCK = 512
 NAME = re.compile(rb"([A-Za-z0-9_-]{1,90})\.([A-Za-z0-9][A-Za-z0-9._]{0,30})\0*")
 OCTAL = re.compile(rb" *([0-7]{1,11})[ \0]*")
 MAX_MEMBER = 1 << 34  # 16 GiB: beyond any sample, within any disk
+MAX_READ = 1 << 30  # of what is held in memory at once: the latents of a day of video are smaller
 
 
 class ShardError(UserError):
@@ -71,6 +72,18 @@ def read_members(stream: BinaryIO, path: Path) -> Iterator[Member]:
         raise ShardError(path, position, "the file ends without the end mark of a tar: it was cut off")
     if rest.strip(b"\0") or position + len(rest) != end:
         raise ShardError(path, position, "something follows the end mark")
+
+
+def read_member(stream: BinaryIO, member: Member, path: Path) -> bytes:
+    """The content of a member. Raises ShardError where it is too large to be held, or the file ends inside it."""
+    if member.size > MAX_READ:
+        limit = f"more than the {MAX_READ} that are read at once"
+        raise ShardError(path, member.offset, f"{member.name} has {member.size} bytes, {limit}")
+    stream.seek(member.offset)
+    data = stream.read(member.size)
+    if len(data) != member.size:
+        raise ShardError(path, member.offset, f"the file ends inside {member.name}")
+    return data
 
 
 def parse_header(header: bytes, position: int, path: Path) -> Member:

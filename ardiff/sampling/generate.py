@@ -1,42 +1,142 @@
-"""From a trained network to latents and pictures: noise by video number, batches, decoding."""
+"""From a trained network to latents: what to sample, noise by video, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ardiff.config import Config, ModelConfig
-from ardiff.data.latent_space import LatentSpace
+from ardiff.config import Config, ModelConfig, SamplingConfig
 from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
-from ardiff.randomness import Stream, normals
-from ardiff.sampling.sampler import sample
+from ardiff.randomness import Stream, hashed, normals
+from ardiff.sampling.guidance import Guidance
+from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow, pinned_levels
+from ardiff.sampling.rollout import Rollout
+from ardiff.sampling.sampler import Window, build_rollout, collect
 
-DECODED_FRAMES = 64  # decoded at a time, so that memory does not grow with the video
+
+@dataclass
+class Video:
+    """One video to be made: a function of its seed and conditions, whatever else is in its batch."""
+
+    seed: int
+    label: int | None = None
+    text: Tensor | None = None  # [N, D], features of its text
+    prefix: Tensor | None = None  # [P, L, C]: its first frames, as latents of the model
+    ending: Tensor | None = None  # [E, L, C]: its last frames
+    prompt: str | None = None  # for the record
+
+    @property
+    def shape_key(self) -> tuple[int, int]:
+        """What must be equal within a batch."""
+        return tuple(0 if part is None else len(part) for part in (self.prefix, self.ending))  # type: ignore[return-value]
 
 
 @dataclass
 class Request:
-    """What to sample. Video i depends on (seed, first_video + i) only, not on batches."""
+    """Which videos, how long, and how."""
 
-    num_videos: int
+    videos: list[Video]
     num_frames: int
-    num_steps: int
-    gap: int
-    guidance: float = 1.0
-    labels: list[int] | None = None  # one per video
-    text: Tensor | None = None  # [N, D], features of one text for all videos
-    text_tokens: int = 0  # as many as the model was trained with: texts are padded with zeros, and no text is all zeros
-    prefix: Tensor | None = None  # [1 or V, P, L, C], latents of the model
-    seed: int = 0
-    first_video: int = 0
+    sampling: SamplingConfig
     batch_size: int = 8
-    cache: str = "exact"
+    text_tokens: int = 0  # as many as the model was trained with: texts are padded with zeros, and no text is all zeros
+    warm_frames: int = 0  # frames of the prefix that start at the levels of the staircase instead of clean
+
+
+def video_seeds(seed: int, numbers: Sequence[int]) -> list[int]:
+    """The seeds of the videos with these numbers; each can be given again on its own."""
+    return [int(key >> np.uint64(2)) for key in hashed(seed, Stream.SAMPLES, np.array(numbers, dtype=np.int64))]
+
+
+def default_request(config: Config, num_videos: int, seed: int) -> Request:
+    """Videos as long as training clips with the settings of `config.sampling`, all classes in turn."""
+    classes = config.model.num_classes
+    labels = [i % classes if classes else None for i in range(num_videos)]
+    videos = [Video(s, label) for s, label in zip(video_seeds(seed, range(num_videos)), labels, strict=True)]
+    sampling = config.sampling
+    if not classes:  # nothing to guide towards
+        sampling = replace(sampling, guidance=1.0)
+    return Request(videos, config.model.num_frames, sampling)
+
+
+def rows_of(request: Request, model: ModelConfig, prefix: int = 0, ending: int = 0) -> Rows:
+    """The level matrix of a request."""
+    sampling = request.sampling
+    if ending:
+        if sampling.gap:
+            raise UserError(
+                f"gap = {sampling.gap}: frames that are given at the end need synchronous sampling, gap = 0"
+            )
+        last = range(request.num_frames - ending, request.num_frames)
+        return MatrixRows(pinned_levels(request.num_frames, sampling.num_steps, [*range(prefix), *last]))
+    block = sampling.block or model.block
+    return ADRows(request.num_frames, sampling.num_steps, sampling.gap, block, prefix - request.warm_frames)
+
+
+def window_of(sampling: SamplingConfig) -> Window | None:
+    """The window that the settings ask for."""
+    if sampling.sliding:
+        history = None if sampling.history < 0 else sampling.history
+        return SlidingWindow(sampling.sliding, history, sampling.variable, sampling.partition, sampling.lookahead)
+    return (sampling.window, sampling.sink) if sampling.window else None
+
+
+def cache_mode(model: ModelConfig, sampling: SamplingConfig, ending: int = 0) -> str:
+    """`exact` where finished frames can be cached, else `none`; or what the settings insist on."""
+    if sampling.cache != "auto":
+        return sampling.cache
+    block = 1 if model.mask == "frame_causal" else model.block
+    fits = (sampling.block or model.block) % block == 0
+    possible = model.mask != "bidirectional" and model.context == "strict" and not sampling.sliding and not ending
+    return "exact" if possible and fits else "none"
+
+
+def batches(request: Request) -> Iterator[list[int]]:
+    """Numbers of the videos that are made together: equal numbers of given frames, at most `batch_size`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, video in enumerate(request.videos):
+        groups.setdefault(video.shape_key, []).append(number)
+    for group in groups.values():
+        for start in range(0, len(group), request.batch_size):
+            yield group[start : start + request.batch_size]
+
+
+def start(network: nn.Module, config: Config, request: Request, numbers: Sequence[int]) -> Rollout:
+    """The rollout of some videos of a request, which can be made together. Raises UserError for impossible settings."""
+    model, sampling = config.model, request.sampling
+    device = next(network.parameters()).device
+    videos = [request.videos[number] for number in numbers]
+    prefix, ending = videos[0].shape_key
+    rows = rows_of(request, model, prefix, ending)
+    shape = (model.tokens_per_frame, model.in_channels)
+
+    def noise(first: int, count: int) -> Tensor:
+        drawn = np.zeros((len(videos), count, *shape), dtype=np.float32)
+        for i, video in enumerate(videos):
+            for frame in range(count):
+                drawn[i, frame] = normals(video.seed, Stream.SAMPLES, first + frame, shape)
+        return torch.from_numpy(drawn).to(device)
+
+    given = _given(videos, request.num_frames, device)
+    return build_rollout(
+        network,
+        rows,
+        noise,
+        Schedule.from_config(config.diffusion, config.vae.image_size, model.num_frames),
+        _guidance(request, model, videos, device),
+        cache=cache_mode(model, sampling, ending),
+        window=window_of(sampling),
+        given=given,
+        warm=given if request.warm_frames else None,
+        solver=sampling.solver,
+        eta=sampling.eta,
+        step_seeds=np.array([video.seed for video in videos], dtype=np.int64),
+    )
 
 
 def generate(
@@ -46,98 +146,45 @@ def generate(
 
     on_row(done, total) reports progress over all batches.
     """
-    model = config.model
-    device = next(network.parameters()).device
-    shape = (request.num_frames, model.tokens_per_frame, model.in_channels)
-    starts = range(0, request.num_videos, request.batch_size)
-    videos = []
-    for number, start in enumerate(starts):
-        indices = range(start, min(start + request.batch_size, request.num_videos))
-        noise = np.stack([normals(request.seed, Stream.SAMPLES, request.first_video + i, shape) for i in indices])
-        label = None
-        if request.labels is not None:
-            label = torch.tensor([request.labels[i] for i in indices], device=device)
-        prefix = None
-        if request.prefix is not None:
-            chosen = request.prefix if len(request.prefix) == 1 else request.prefix[indices.start : indices.stop]
-            prefix = chosen.expand(len(indices), -1, -1, -1).to(device)
+    shape = (request.num_frames, config.model.tokens_per_frame, config.model.in_channels)
+    found = torch.empty(len(request.videos), *shape)
+    done, groups = 0, list(batches(request))
+    for number, numbers in enumerate(groups):
+        rollout = start(network, config, request, numbers)
+        rows = rollout.rows.num_rows or 0
 
-        context, no_text = _contexts(request, model, len(indices), device)
-
-        def report(row: int, rows: int, done: int = number) -> None:
+        def report(row: int, rows: int, done: int = done, left: int = len(groups) - number) -> None:
             if on_row is not None:
-                on_row(done * rows + row, len(starts) * rows)
+                on_row(done + row, done + rows * left)
 
-        latents = sample(
-            network,
-            torch.from_numpy(noise).to(device),
-            request.num_steps,
-            request.gap,
-            Schedule.from_config(config.diffusion),
-            guidance=request.guidance,
-            label=label,
-            context=context,
-            null_context=no_text,
-            prefix=prefix,
-            cache=request.cache,
-            block=model.block,
-            on_row=report,
-        )
-        videos.append(latents.cpu())
-    return torch.cat(videos)
+        found[numbers] = collect(rollout, torch.empty(len(numbers), *shape), report)
+        done += rows
+    return found
 
 
-def _contexts(
-    request: Request, model: ModelConfig, count: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """The text features [B, N, D] of a batch and those of no text; None for models without text."""
-    if not model.context_dim:
-        return None, None
-    no_text = torch.zeros(count, request.text_tokens, model.context_dim, device=device)
-    context = no_text.clone()
-    if request.text is not None:
-        context[:, : len(request.text)] = request.text.to(device)
-    return context, no_text
+def _given(videos: Sequence[Video], num_frames: int, device: torch.device) -> Tensor | None:
+    """The given frames [B, P, L, C], or with an ending the whole video [B, F, L, C] that holds them."""
+    if videos[0].prefix is None and videos[0].ending is None:
+        return None
+    prefix = [video.prefix for video in videos if video.prefix is not None]
+    if videos[0].ending is None:
+        return torch.stack(prefix).to(device)
+    ending = torch.stack([video.ending for video in videos if video.ending is not None])
+    whole = ending.new_zeros(len(videos), num_frames, *ending.shape[2:])
+    whole[:, -ending.shape[1] :] = ending
+    if prefix:
+        whole[:, : len(prefix[0])] = torch.stack(prefix)
+    return whole.to(device)
 
 
-def default_device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def cache_mode(model: ModelConfig) -> str:
-    """`exact` where finished frames can be cached for this model, else `none`."""
-    return "exact" if model.mask != "bidirectional" and model.context == "strict" else "none"
-
-
-class Decoder:
-    """An AR-VAE bound to the latent space that it decodes."""
-
-    def __init__(self, space: LatentSpace, path: str | Path | None = None) -> None:
-        from ardiff.training.weights import load_arvae
-
-        source = Path(path or space.arvae_path)
-        if not source.exists():
-            raise UserError(f"{source}: the AR-VAE of these latents is not there; name it with --arvae or --data.arvae")
-        self.space = space
-        network, found = load_arvae(source)
-        self.network, self.device = network.to(default_device()), default_device()
-        if found != space.arvae_id:
-            raise UserError(
-                f"{source}: AR-VAE {found} cannot decode latents made by AR-VAE {space.arvae_id}; "
-                "name that one with --arvae or --data.arvae"
-            )
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents of the model [V, F, L, C] -> pictures uint8 [V, F, H, W, 3]."""
-        flat = self.space.to_arvae(latents).flatten(0, 1)[None].to(self.device)
-        parts = [self.network.decode(flat[:, i : i + DECODED_FRAMES]) for i in range(0, flat.shape[1], DECODED_FRAMES)]
-        pixels = torch.cat(parts, dim=1)[0].float().clamp(0, 1).mul(255).round().byte().cpu()
-        return pixels.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2]).numpy()
-
-    @torch.no_grad()
-    def encode(self, frames: np.ndarray) -> Tensor:
-        """Pictures uint8 [F, H, W, 3] -> latents of the model [1, F, L, C]."""
-        video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].to(self.device).float() / 255
-        return torch.from_numpy(self.space.to_model(self.network.encode(video).float().cpu().numpy()))
+def _guidance(request: Request, model: ModelConfig, videos: Sequence[Video], device: torch.device) -> Guidance:
+    label = null_context = context = None
+    if videos[0].label is not None:
+        label = torch.tensor([video.label for video in videos], device=device)
+    if model.context_dim:
+        null_context = torch.zeros(len(videos), request.text_tokens, model.context_dim, device=device)
+        context = null_context.clone()
+        for i, video in enumerate(videos):
+            if video.text is not None:
+                context[i, : len(video.text)] = video.text.to(device)
+    return Guidance.build(request.sampling.guidance, label, model.num_classes, context, null_context)

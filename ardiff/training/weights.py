@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ardiff.config import Config, load, to_yaml
+from ardiff.config import Config, VAEConfig, load, to_yaml
 from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json, write_text
-from ardiff.models import ARVAE, DiT
+from ardiff.models import build_arvae, build_dit
 from ardiff.training.checkpoint import full_weights, newest_valid, problem_with, read_state
+
+if TYPE_CHECKING:
+    from ardiff.compat.reference import ReferenceARVAE, ReferenceModel
+    from ardiff.models import ARVAE, DiT
 
 PREFIX = "network."  # objectives hold their network under this name
 FILES = {"ema": "ema.safetensors", "master": "model.safetensors"}
@@ -30,7 +35,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass
 class Stored:
-    """What a run, checkpoint or export holds: the weights of a network by name, and how to use them."""
+    """What a run, checkpoint or export holds: the weights and buffers of a network by name, and how to use them."""
 
     weights: dict[str, Tensor]
     config: Config
@@ -51,6 +56,7 @@ def read_weights(source: Path, vector: str = "ema") -> Stored:
         return Stored(weights, load(str(source / "config.yaml")), source, found)
     checkpoint = find_checkpoint(source)
     weights = full_weights(checkpoint, vector)
+    weights |= _buffers(checkpoint)
     network = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
     return Stored(network, load(str(checkpoint / "config.yaml")), checkpoint, read_state(checkpoint).latent_space)
 
@@ -72,7 +78,7 @@ def find_checkpoint(source: Path) -> Path:
     return source
 
 
-def load_dit(source: Path, vector: str = "ema") -> tuple[DiT, Config, LatentSpace]:
+def load_dit(source: Path, vector: str = "ema") -> tuple[DiT | ReferenceModel, Config, LatentSpace]:
     """The diffusion transformer of a run, checkpoint or export: fp32, on the CPU, in evaluation mode."""
     stored = read_weights(source, vector)
     if stored.latent_space is None:
@@ -81,35 +87,64 @@ def load_dit(source: Path, vector: str = "ema") -> tuple[DiT, Config, LatentSpac
         space = LatentSpace(**stored.latent_space)
     except TypeError as error:
         raise UserError(f"{stored.origin}: its latent space is not one that this version knows ({error})") from error
-    return _fill(DiT(stored.config.model), stored), stored.config, space
+    network = build_dit(stored.config.model, stored.config.diffusion.prediction)
+    return _fill(network, stored), stored.config, space
 
 
-def load_arvae(source: Path) -> tuple[ARVAE, str]:
+def load_arvae(source: Path) -> tuple[ARVAE | ReferenceARVAE, str]:
     """The auto-encoder of a run, checkpoint or export, and its id (a hash of configuration and weights)."""
     stored = read_weights(source)
     if stored.latent_space is not None:
         raise UserError(f"{stored.origin}: holds a diffusion transformer, but an AR-VAE is needed")
-    network = _fill(ARVAE(stored.config.vae), stored)
-    digest = hashlib.sha256(repr(stored.config.vae).encode())
-    for name in sorted(stored.weights):
-        digest.update(name.encode() + stored.weights[name].contiguous().numpy().tobytes())
-    return network, digest.hexdigest()[:16]
+    network = _fill(build_arvae(stored.config.vae), stored)
+    return network, arvae_id(stored.config.vae, stored.weights)
+
+
+def arvae_id(vae: VAEConfig, weights: dict[str, Tensor]) -> str:
+    """The id of an auto-encoder: a hash of configuration and weights."""
+    digest = hashlib.sha256(_description(vae).encode())
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _description(vae: VAEConfig) -> str:
+    """What goes into the id: always these fields, so that a new setting does not give old auto-encoders a new id."""
+    names = "image_size patch_size num_tokens channels hidden_size encoder_depth decoder_depth num_heads kl_weight"
+    described = ", ".join(f"{name}={getattr(vae, name)!r}" for name in [*names.split(), "l1_weight"])
+    extra = f", reference={vae.reference!r}" if vae.architecture == "reference" else ""
+    return f"VAEConfig({described}{extra})"
 
 
 def export(source: Path, out: Path) -> Path:
     """Write the networks of a run or checkpoint for use elsewhere; returns the checkpoint that was exported."""
     checkpoint = find_checkpoint(source)
+    write_export(out, lambda vector: read_weights(checkpoint, vector))
+    return checkpoint
+
+
+def write_export(out: Path, stored_of: Callable[[str], Stored]) -> None:
+    """Write an export; `stored_of` gives what belongs into its file of `ema` and of `master` weights.
+
+    Raises UserError for a folder that is something else.
+    """
     if (out / "checkpoints").exists() or (out / "MANIFEST.json").exists():
         raise UserError(f"--out {out}: is a run or a checkpoint, an export there would hide it; choose another folder")
     (out / "latent_space.json").unlink(missing_ok=True)
     for vector, name in FILES.items():
-        stored = read_weights(checkpoint, vector)
+        stored = stored_of(vector)
         with replacing(out / name) as temporary:
             save_file(stored.weights, temporary)
     if stored.latent_space is not None:
         write_json(out / "latent_space.json", stored.latent_space)
     write_text(out / "config.yaml", to_yaml(stored.config))
-    return checkpoint
+
+
+def _buffers(checkpoint: Path) -> dict[str, Tensor]:
+    """What a network holds besides its parameters; rank 0 has written it."""
+    with safe_open(checkpoint / "state_rank0.safetensors", framework="pt") as file:
+        names = list(file.keys())
+        return {key.removeprefix("buffer."): file.get_tensor(key) for key in names if key.startswith("buffer.")}
 
 
 def _fill(network: Network, stored: Stored) -> Network:

@@ -14,7 +14,7 @@ from ardiff.data.corpus import SPLITS
 from ardiff.data.shards import MANIFEST, Moments, ShardEntry, write_manifest
 from ardiff.errors import UserError
 from ardiff.files import sha256
-from data_tools.common import claim_folder, output_folder
+from data_tools.common import alone, claim_folder, output_folder
 from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, open_parts
 from data_tools.inspection.shard_repair import AS_IT_IS, BY_INDEX, Findings, WriteJob, examine, write_repaired
 from data_tools.inspection.shard_workers import for_each_shard
@@ -55,6 +55,14 @@ def repair(
     data set or `out` holds something else.
     """
     parts = open_parts(source)
+    _require_apart(parts[0], out)
+    with alone(out):
+        return _repair(parts, out, keep_unchecked, copy, workers, timeout)
+
+
+def _repair(
+    parts: Sequence[Part], out: Path, keep_unchecked: bool, copy: bool, workers: int, timeout: float
+) -> list[RepairedPart]:
     _claim(parts, out, keep_unchecked)
     shards = [(part, ShardJob(part.folder, entry, Rules.of(part.manifest))) for part in parts for entry in part.chosen]
     sizes = [job.entry.bytes for _, job in shards]
@@ -85,10 +93,13 @@ def repair(
     return results
 
 
-def _claim(parts: Sequence[Part], out: Path, keep_unchecked: bool) -> None:
-    folder, target = parts[0].folder.resolve(), out.resolve()
+def _require_apart(part: Part, out: Path) -> None:
+    folder, target = part.folder.resolve(), out.resolve()
     if target.is_relative_to(folder) or folder.is_relative_to(target):
-        raise UserError(f"--out {out}: must lie apart from {parts[0].folder}, which is not changed")
+        raise UserError(f"--out {out}: must lie apart from {part.folder}, which is not changed")
+
+
+def _claim(parts: Sequence[Part], out: Path, keep_unchecked: bool) -> None:
     settings: dict[str, Any] = {"repaired": {part.name or SPLITS[0]: sha256(part.file) for part in parts}}
     if not parts[0].whole:
         settings["shards"] = [entry.file for entry in parts[0].chosen]

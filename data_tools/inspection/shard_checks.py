@@ -23,14 +23,12 @@ from ardiff.data.shards import (
     Moments,
     Sample,
 )
-from ardiff.data.tar import Member, ShardError, read_members
-from ardiff.files import sha256
+from ardiff.data.tar import MAX_READ, Member, ShardError, read_member, read_members
 from data_tools.inspection.index_checks import Comparison, check_index
 from data_tools.inspection.sample_checks import Checked, Fault, add_latents, check_sample
 from data_tools.inspection.shard_folders import Problem, ShardJob
-from data_tools.inspection.shard_workers import REPORT_EVERY, BytesDone
+from data_tools.inspection.shard_workers import PASSES, REPORT_EVERY, BytesDone, sha256_reporting
 
-MAX_MEMBER = 1 << 30  # held in memory; latents of a day of video are smaller
 MAX_MARKER = 1 << 22
 SUM_TOLERANCE = 1e-9  # of sums in float64 that were added up in another order, as a share of their possible size
 
@@ -66,7 +64,7 @@ def check_shard(job: ShardJob, report: Callable[[Any], None]) -> None:
     if not job.fast:
         try:
             size = job.tar.stat().st_size
-            whole = size == job.entry.bytes and sha256(job.tar) == job.entry.sha256
+            whole = size == job.entry.bytes and sha256_reporting(job.tar, report) == job.entry.sha256
             if size == job.entry.bytes and not whole:
                 result.problems.append(Problem(str(job.tar), "its sha256 is not the one that the manifest lists"))
             _check_content(job, Comparison(job, rows, whole, not index_problems), result, report)
@@ -134,17 +132,13 @@ def group_fault(group: list[Member], seen: set[str]) -> Fault | None:
         return Fault(group[0].extension, "its members are not together")
     if len({member.extension for member in group}) != len(group):
         return Fault(group[0].extension, "it has two members of one name")
-    large = next((member for member in group if member.size > MAX_MEMBER), None)
+    large = next((member for member in group if member.size > MAX_READ), None)
     return Fault(large.extension, f"{large.name} has {large.size} bytes, too many to be read") if large else None
 
 
-def read_group(stream: BinaryIO, group: list[Member]) -> dict[str, bytes]:
-    """The content of a sample's members by extension."""
-    members = {}
-    for member in group:
-        stream.seek(member.offset)
-        members[member.extension] = stream.read(member.size)
-    return members
+def read_group(stream: BinaryIO, group: list[Member], path: Path) -> dict[str, bytes]:
+    """The content of a sample's members by extension. Raises ShardError if the file has shrunk meanwhile."""
+    return {member.extension: read_member(stream, member, path) for member in group}
 
 
 def problems_of(tar: Path, group: list[Member], faults: list[Fault]) -> list[Problem]:
@@ -167,7 +161,7 @@ def _check_content(job: ShardJob, comparison: Comparison, result: ShardReport, r
                 if fault:
                     result.problems += problems_of(job.tar, group, [fault])
                 else:
-                    members = read_group(stream, group)
+                    members = read_group(stream, group, job.tar)
                     checked = check_sample(group[0].key, members, job.rules)
                     result.problems += problems_of(job.tar, group, checked.faults)
                     if not checked.faults and comparison.passes(count, group, rows_of(count, group, members, checked)):
@@ -175,7 +169,7 @@ def _check_content(job: ShardJob, comparison: Comparison, result: ShardReport, r
                 count += 1
                 end = group[-1].offset + group[-1].size
                 if end - reported >= REPORT_EVERY:
-                    report(BytesDone(end - reported))
+                    report(BytesDone((end - reported) // PASSES))
                     reported = end
         result.problems += comparison.result(count)
         if len(result.problems) == before:

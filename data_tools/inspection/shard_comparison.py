@@ -15,8 +15,9 @@ import numpy as np
 from ardiff.data.corpus import SPLITS
 from ardiff.data.shards import Manifest
 from ardiff.data.tar import ShardError
+from data_tools.common import plural
 from data_tools.inspection.index_checks import check_index
-from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, open_parts, plural, printable
+from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, open_parts, printable
 from data_tools.inspection.shard_listing import read_descriptions
 from data_tools.inspection.shard_workers import for_each_shard
 

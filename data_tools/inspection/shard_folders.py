@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ardiff.data.corpus import SPLITS
 from ardiff.data.shards import MANIFEST, Manifest, ShardEntry, read_manifest
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
+from data_tools.common import plural
 from data_tools.inspection.manifest_checks import frames_per_second, manifest_faults
 
 MAX_MANIFEST = 1 << 26  # some hundred thousand shards
@@ -160,6 +162,9 @@ def _expand(pattern: str) -> list[Path]:
         names = sorted(match for name in names for match in name.parent.glob(name.name))
     if not names:
         raise UserError(f"{pattern}: no file matches")
+    repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+    if repeated is not None:
+        raise UserError(f"{pattern}: names {repeated.name} more than once")
     if len({name.parent for name in names}) > 1:
         raise UserError(f"{pattern}: shards of one folder at a time, please")
     return names
@@ -196,11 +201,6 @@ def open_parts(source: str) -> list[Part]:
 def rate_of(manifest: Manifest) -> float | None:
     """Frames per second of what lies in the shards, if all videos have the same."""
     return frames_per_second(manifest.details.get("fps"))
-
-
-def plural(count: int, thing: str) -> str:
-    """A number and what it counts: "1 video", "2,000 videos"."""
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 def total(entries: Sequence[ShardEntry]) -> str:

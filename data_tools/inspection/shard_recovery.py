@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ardiff.data.shards import FRAME_MEMBER, MEMBERS, Sample, encode_array, parse_array
-from ardiff.data.tar import BLOCK, Member, ShardError, parse_header
+from ardiff.data.tar import BLOCK, MAX_READ, Member, ShardError, parse_header
 from data_tools.inspection.index_checks import impossible_rows
 from data_tools.inspection.sample_checks import ARRAY_AXES, JSON_MEMBER, MAX_JSON, check_sample, parse_description
-from data_tools.inspection.shard_checks import MAX_MEMBER, Kept, problems_of
+from data_tools.inspection.shard_checks import Kept, problems_of
 from data_tools.inspection.shard_folders import Problem, Rules
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")
@@ -72,7 +72,7 @@ class _Survey:
         self.stream, self.path, self.rules = stream, path, rules
         self.size = path.stat().st_size
         rows = rows[np.argsort(rows["offset"], kind="stable")]
-        impossible = impossible_rows(rows, self.size, rules) | (rows["bytes"] > MAX_MEMBER)
+        impossible = impossible_rows(rows, self.size, rules) | (rows["bytes"] > MAX_READ)
         self.lost = {int(row["sample"]): int(row["offset"]) for row in rows[impossible]}
         self.rows = rows[~impossible]
         self.starts = (self.rows["offset"] // BLOCK * BLOCK).tolist()  # of the members' data
@@ -164,7 +164,7 @@ class _Survey:
             members[name] = content
             places.append(Member(key, name, int(row["offset"]), len(content)))
         for member in self.others:
-            if member.key == key and member.offset in between and member.size <= MAX_MEMBER:
+            if member.key == key and member.offset in between and member.size <= MAX_READ:
                 members[member.extension] = self._read(member.offset, member.size)
         text = next((text for text in self.texts if text.key == key and text.offset in between), None)
         if text is not None:

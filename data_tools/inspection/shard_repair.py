@@ -36,7 +36,7 @@ from data_tools.inspection.shard_checks import (
 )
 from data_tools.inspection.shard_folders import Problem, ShardJob
 from data_tools.inspection.shard_recovery import recover_samples
-from data_tools.inspection.shard_workers import REPORT_EVERY, BytesDone
+from data_tools.inspection.shard_workers import PASSES, REPORT_EVERY, BytesDone, sha256_reporting
 
 AS_IT_IS, BY_TAR, BY_INDEX, NOTHING = "as it is", "by tar", "by index", "nothing"
 
@@ -96,7 +96,7 @@ def examine(job: tuple[ShardJob, bool], report: Callable[[Any], None]) -> None:
 def _examined(shard: ShardJob, keep_unchecked: bool, report: Callable[[Any], None]) -> Findings:
     if not shard.tar.is_file():
         return Findings(dropped=[Problem(str(shard.tar), "missing; all of it is left out")])
-    digest = sha256(shard.tar)
+    digest = sha256_reporting(shard.tar, report)
     rows = check_index(shard, [])
     if digest in (shard.entry.sha256, _marked_sha256(shard)):
         found = _collect(shard, BY_TAR, digest, None, report)
@@ -139,7 +139,7 @@ def _collect(
         else:
             found.dropped += sample
         if read >= REPORT_EVERY:
-            report(BytesDone(read))
+            report(BytesDone(read // PASSES))
             read = 0
     if not found.keys:
         found.method = NOTHING
@@ -195,7 +195,7 @@ def _read_by_tar(shard: ShardJob) -> Iterator[Kept | list[Problem]]:
                 if fault:
                     yield problems_of(shard.tar, group, [fault])
                     continue
-                members = read_group(stream, group)
+                members = read_group(stream, group, shard.tar)
                 checked = check_sample(key, members, shard.rules)
                 if checked.faults:
                     yield problems_of(shard.tar, group, checked.faults)

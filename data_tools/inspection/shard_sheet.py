@@ -90,7 +90,7 @@ def _read(job: ShardJob, numbers: set[int]) -> Iterator[tuple[str, Checked, dict
                 if number not in numbers:
                     continue
                 fault = group_fault(group, set())
-                members = {} if fault else read_group(stream, group)
+                members = {} if fault else read_group(stream, group, job.tar)
                 checked = check_sample(group[0].key, members, job.rules, decode=False)
                 faults = [fault] if fault else checked.faults
                 yield problems_of(job.tar, group, faults) if faults else (group[0].key, checked, members)
@@ -115,7 +115,7 @@ def _decoder(part: Part, arvae: Path | None) -> Decode:
     import torch
 
     from ardiff.data.latent_space import LatentSpace
-    from ardiff.sampling.generate import Decoder
+    from ardiff.sampling.decoder import Decoder
 
     decoder = Decoder(LatentSpace.of(part.manifest, "none"), arvae)
     return lambda latents: decoder.decode(torch.from_numpy(latents.astype(np.float32))[None])[0]

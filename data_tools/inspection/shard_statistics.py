@@ -12,9 +12,10 @@ import numpy as np
 
 from ardiff.data.shards import LATENTS_MEMBER, Moments
 from ardiff.data.tar import ShardError
+from data_tools.common import plural
 from data_tools.inspection.sample_checks import Checked, add_latents, check_sample, chunks, decode_picture
 from data_tools.inspection.shard_checks import group_fault, problems_of, read_group, read_groups
-from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, plural, printable, rate_of, total
+from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, printable, rate_of, total
 from data_tools.inspection.shard_listing import describe_classes, duration
 from data_tools.inspection.shard_workers import REPORT_EVERY, BytesDone, for_each_shard
 
@@ -113,7 +114,7 @@ def count_shard(job: ShardJob, report: Callable[[Any], None]) -> None:
                 if fault:
                     result.problems += problems_of(job.tar, group, [fault])
                     continue
-                members = read_group(stream, group)
+                members = read_group(stream, group, job.tar)
                 checked = check_sample(group[0].key, members, job.rules, decode=False)
                 if checked.faults:
                     result.problems += problems_of(job.tar, group, checked.faults)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -10,10 +12,22 @@ from tqdm import tqdm
 from data_tools.pool import Event, Function, run_in_processes
 
 REPORT_EVERY = 1 << 24  # bytes after which a function should report progress
+PASSES = 2  # over a shard whose checksum is compared before it is read
 
 
 class BytesDone(int):
     """Bytes of a shard that have been dealt with since the last report."""
+
+
+def sha256_reporting(path: Path, report: Callable[[Any], None]) -> str:
+    """Hex digest of a file, as the first of PASSES over it: a long one must be neither silent nor taken for hanging."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(REPORT_EVERY):
+            digest.update(chunk)
+            if len(chunk) == REPORT_EVERY:
+                report(BytesDone(REPORT_EVERY // PASSES))
+    return digest.hexdigest()
 
 
 class Outcome(NamedTuple):

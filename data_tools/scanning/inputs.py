@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from ardiff.errors import UserError
 from ardiff.video import EXTENSIONS, PICTURES
+from data_tools.common import plural
 from data_tools.scanning.lists import LISTS, ClassList, Row, read_list
 
 
@@ -32,6 +34,8 @@ def find_sources(inputs: Sequence[Path], root: Path | None = None, class_list: C
     is found several times is one: lists add to what folders tell. Raises UserError for inputs that do not exist or
     contradict each other, and for labels that are not in `class_list`.
     """
+    if root is not None:
+        _require_use(root, inputs)
     found = dict[str, Source]()
     for given in inputs:
         sources = _listed(given, root, class_list) if _is_list(given) else _walked(given)
@@ -42,11 +46,19 @@ def find_sources(inputs: Sequence[Path], root: Path | None = None, class_list: C
         class_list.require(source.label for source in found.values() if source.label is not None)
     listed = [source for source in found.values() if source.origin]
     if listed and all(source.missing for source in found.values()):
-        raise UserError(
-            f"none of the {len(listed)} listed videos exists; the first is {listed[0].path} ({listed[0].origin}); "
-            "--root says from where relative paths count"
-        )
+        first = f"{listed[0].path} ({listed[0].origin})"
+        few = f"none of the {len(listed)} listed videos exists; the first is {first}"
+        if len(listed) == 1:
+            few = f"{first}: the only listed video does not exist"
+        raise UserError(f"{few}; --root says from where relative paths count")
     return sorted(found.values(), key=lambda source: Path(source.path).parts)
+
+
+def _require_use(root: Path, inputs: Sequence[Path]) -> None:
+    if not root.is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    if not any(map(_is_list, inputs)):
+        raise UserError(f"--root {root}: is for the paths in lists, and none of the inputs is a list; leave it out")
 
 
 def _is_list(given: Path) -> bool:
@@ -117,7 +129,12 @@ def _listed(given: Path, root: Path | None, class_list: ClassList | None) -> Ite
     if not given.exists():
         raise UserError(f"{given}: no such file or folder")
     base = _absolute(root if root is not None else given.parent)
-    for row in read_list(given):
+    rows = read_list(given)
+    numbered = sum(row.number is not None for row in rows)
+    if numbered and class_list is None:
+        what = "the names of folders are the labels, or the numbers where there are none"
+        print(f"{given}: has {plural(numbered, 'class number')}, but there is no --labels; {what}", file=sys.stderr)
+    for row in rows:
         path = _absolute(base / row.path)
         yield Source(
             path=str(path),

@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ardiff.errors import UserError
-from ardiff.models import ARVAE
 from data_tools.sharding.decoding import Chunk, Description
 from data_tools.sharding.latent_inputs import LatentTask
+
+if TYPE_CHECKING:
+    from ardiff.compat.reference import ReferenceARVAE
+    from ardiff.models import ARVAE
 
 THREADS_ON_GPU = 2  # one copies while the other computes
 
@@ -43,7 +46,9 @@ class Encoder:
     number.
     """
 
-    def __init__(self, network: ARVAE, device: torch.device, batch_size: int, flip: bool, cores: int) -> None:
+    def __init__(
+        self, network: ARVAE | ReferenceARVAE, device: torch.device, batch_size: int, flip: bool, cores: int
+    ) -> None:
         self.network, self.device = network.to(device).eval(), device
         self.batch_size, self.flip = batch_size, flip
         config = network.config

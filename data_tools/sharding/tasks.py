@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ardiff.data.shards import MANIFEST, MEMBERS, TEXT_MEMBER, ShardEntry, finished_shard, write_manifest
+from data_tools.common import plural
 
 
 def complete_shard(folder: Path, name: str, samples: int) -> ShardEntry | None:
@@ -37,7 +38,8 @@ def finish_folder(
         return f"{folder}: none of its videos can be used, so it has no manifest"
     manifest = write_manifest(folder, kind, shards, class_names, details)
     videos, size = sum(shard.samples for shard in shards), sum(shard.bytes for shard in shards) / 1e6
-    return f"{folder}: {videos} videos, {manifest.num_frames} frames, {len(shards)} shards ({size:.1f} MB)"
+    counts = f"{plural(videos, 'video')}, {plural(manifest.num_frames, 'frame')}, {plural(len(shards), 'shard')}"
+    return f"{folder}: {counts} ({size:.1f} MB)"
 
 
 def tell_skipped(skipped: Mapping[str, str]) -> None:
@@ -45,7 +47,7 @@ def tell_skipped(skipped: Mapping[str, str]) -> None:
     for path, reason in sorted(skipped.items()):
         print(f"skipped {path}: {reason}", file=sys.stderr)
     if skipped:
-        print(f"{len(skipped)} files skipped", file=sys.stderr)
+        print(f"{plural(len(skipped), 'file')} skipped", file=sys.stderr)
 
 
 def longest_text(folder: Path, shards: Sequence[ShardEntry]) -> int:

@@ -76,6 +76,10 @@ class WithVisits:
         tensors = {name: torch.from_numpy(getattr(visits, name)) for name in ("video", "first_frame")}
         return Clips({"latents": torch.from_numpy(latents), **tensors}, bad)
 
+    def counted_frames(self, planned: Visits) -> np.ndarray:
+        """Frames of each clip."""
+        return self.clips.counted_frames(planned)
+
 
 def same_bytes(data: Mixture, config: Config, array: Path, num_batches: int) -> Check:
     """What the loader delivers is what np.memmap reads of the same clips."""

@@ -80,6 +80,10 @@ class OnlyLatents:
         latents, _, _, bad = self.clips.read(visits)
         return Clips({"latents": torch.from_numpy(latents)}, bad)
 
+    def counted_frames(self, visits: Visits) -> np.ndarray:
+        """Frames of each clip."""
+        return self.clips.counted_frames(visits)
+
 
 class Ours:
     """Passes through `BatchStream`; each goes on where the last one ended."""

@@ -205,6 +205,12 @@ def test_one_set_or_several_from_the_configuration(folders):
     assert both.identity not in {part.identity for part in both.sets}
 
 
+def test_a_shard_that_is_named_twice_is_refused(folders):
+    pattern = f"{folders[0]}/latents-{{000000,000000}}.tar"
+    with pytest.raises(UserError, match=r"names latents-000000\.tar 2 times; use data\.mixture"):
+        open_data(config_of(f"data.shards={pattern}"), "latents", FRAMES)
+
+
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [

@@ -10,7 +10,7 @@ import pytest
 from data_helpers import LENGTHS, all_latents, write_latents
 
 from ardiff.config import load
-from ardiff.data import dataset, remote
+from ardiff.data import dataset, downloads, remote
 from ardiff.data.clips import LatentClips
 from ardiff.data.dataset import open_shards
 from ardiff.data.latent_space import LatentSpace
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
     monkeypatch.setattr(dataset.time, "sleep", lambda _: None)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     server.asked, server.faults, server.folder = Counter(), {}, folder
@@ -233,8 +233,6 @@ def test_an_outage_makes_no_bad_samples(server, tmp_path, monkeypatch, caplog):
 
 
 def test_a_full_disk_is_the_users_to_mend(server, tmp_path, monkeypatch):
-    import fsspec
-
     shards = open_shards(server.url, "latents", ShardCache(tmp_path, GB))
 
     class Full:
@@ -242,7 +240,7 @@ def test_a_full_disk_is_the_users_to_mend(server, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fsspec.core, "url_to_fs", lambda url: (Full(), url))
+        patch.setattr(downloads, "_file_system", lambda url: (Full(), url))
         with pytest.raises(UserError, match=r"data.cache_dir .*: No space left on device; see data.cache_gb"):
             shards.read_latents(0, 0, 1)
     assert same(read_all(shards), all_latents())
@@ -311,12 +309,10 @@ def test_other_kinds_of_urls_are_refused(source, tmp_path):
 
 
 def test_an_object_store_without_its_package_says_what_is_missing(tmp_path, monkeypatch):
-    import fsspec
-
     def missing(url):
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    monkeypatch.setattr(downloads, "_file_system", missing)
     with pytest.raises(UserError, match=r"s3://bucket/set/manifest.json: needs a package .*s3fs"):
         open_shards("s3://bucket/set", "latents", ShardCache(tmp_path, GB))
 

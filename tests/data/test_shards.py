@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import pickle
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from data_helpers import (
     write_latents,
 )
 
+from ardiff.data import shards
 from ardiff.data.shards import (
     INDEX_DTYPE,
     Manifest,
@@ -373,3 +376,54 @@ def test_another_format_is_refused(tmp_path, version):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": version}))
     with pytest.raises(UserError, match=f"{path}: format {version}"):
         read_manifest(tmp_path)
+
+
+def sparse_tar(path, size):
+    """A tar whose first sample claims, and on disk pretends, to be of that size."""
+    tar_with(path, [("0.json", b"{}"), ("0.latents.npy", npy(GOOD))])
+    content = bytearray(path.read_bytes())
+    header = content.index(b"0.latents.npy")
+    content[header + 124 : header + 136] = b"%011o\0" % size
+    content[header + 148 : header + 156] = b" " * 8
+    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+    path.write_bytes(content[: header + 512 + 200])
+    os.truncate(path, header + 512 + -(-size // 512) * 512 + 1024)
+    return path
+
+
+def test_enormous_members_take_no_memory(tmp_path):
+    tar = sparse_tar(tmp_path / "x.tar", 3 << 30)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"0\.latents\.npy has 3221225344 bytes of data for float16 \(3, 2, 4\)"):
+        index_tar(tar)
+    with pytest.raises(UserError, match=r"has 3221225472 bytes, more than the 1073741824 that are read at once"):
+        list(read_samples(tar))
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+
+
+def test_checksums_of_members_larger_than_a_chunk(tmp_path, monkeypatch):
+    data = npy(np.arange(3000, dtype=np.float16).reshape(5, 20, 30))
+    tar = tar_with(tmp_path / "x.tar", [("0.json", b"{}"), ("0.latents.npy", data)])
+    whole = index_tar(tar)
+    assert whole["crc32"][0] == zlib.crc32(data[128:])
+    monkeypatch.setattr(shards, "CHUNK", 1000)
+    assert np.array_equal(index_tar(tar), whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"{", "it is not JSON: Expecting property name enclosed in double quotes at line 1, column 2"),
+        (b"[]", "it is not an object with a list of shards"),
+        (b'{"format": 2}', "it has no 'shards'"),
+        (b'{"format": 2, "shards": [{"x": 1}]}', "it is not an object with a list of shards"),
+        (b"\xff", "it is not UTF-8 text"),
+        (b"[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_what_is_no_manifest_is_said_in_words(tmp_path, text, reason):
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(UserError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'manifest.json'}: not a manifest of shards ({reason})"

@@ -238,6 +238,7 @@ class Broken:
 
     def __init__(self, clips, position, error):
         self.clips, self.position, self.error, self.at_once = clips, position, error, clips.at_once
+        self.counted_frames = clips.counted_frames
 
     def __call__(self, rows):
         if self.position in rows.position:
@@ -311,6 +312,7 @@ def test_the_producer_stops_at_the_prefetch_limit(shards, each, prefetch, expect
 
     class Counting:
         at_once = each
+        counted_frames = clips.counted_frames
 
         def __call__(self, visits):
             asked.extend(visits.position.tolist())

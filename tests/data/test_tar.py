@@ -1,10 +1,12 @@
 import io
+import os
 import tarfile
 import time
 
 import pytest
 
-from ardiff.data.tar import BLOCK, Member, ShardError, read_members
+from ardiff.data import tar as tar_module
+from ardiff.data.tar import BLOCK, Member, ShardError, read_member, read_members
 
 FILES = (("000001.json", b"{}"), ("000001.latents.npy", b"x" * 700), ("2.00000.jpg", b""), ("2.json", b"y" * 512))
 
@@ -89,3 +91,17 @@ def test_nothing_may_follow_the_end(tmp_path):
     path.write_bytes(tar_bytes() + tar_bytes())
     with pytest.raises(ShardError, match="follows the end mark"):
         members_of(path)
+
+
+def test_members_are_read_within_limits(tmp_path, monkeypatch):
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_bytes())
+    member = members_of(path)[1]
+    with path.open("rb", buffering=0) as stream:
+        assert read_member(stream, member, path) == b"x" * 700
+        os.truncate(path, member.offset + 600)  # it shrinks while it is read
+        with pytest.raises(ShardError, match=r"byte 1536: the file ends inside 000001\.latents\.npy"):
+            read_member(stream, member, path)
+        monkeypatch.setattr(tar_module, "MAX_READ", 699)
+        with pytest.raises(ShardError, match=r"has 700 bytes, more than the 699 that are read at once"):
+            read_member(stream, member, path)

@@ -59,7 +59,8 @@ def test_no_earlier_corpus_is_overwritten(tmp_path, capsys):
     first = write("first")
     scan(one)  # as if a disk were not mounted
     said = capsys.readouterr().err
-    assert "captions belong to scenes that are not in the corpus" in said and said.endswith(f"{out}.previous\n")
+    assert "1 caption belongs to a scene that is not in the corpus any more" in said
+    assert said.endswith(f"{out}.previous\n")
     second = write("second")
     scan(other)
     assert capsys.readouterr().err.endswith(f"{out}.previous.1\n")

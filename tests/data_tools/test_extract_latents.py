@@ -279,7 +279,7 @@ def test_mistakes_on_two_ranks_are_told_once_and_nobody_hangs(given, tmp_path):
     mistakes = {
         "no such folder": ("--arvae", str(tmp_path / "none")),
         "not finite": ("--arvae", str(broken)),
-        "expected one argument": ("--arvae",),
+        "--arvae: needs a value": ("--arvae",),
     }
     running = {text: start("torchrun", arguments(given, tmp_path / "o", *more)) for text, more in mistakes.items()}
     for text, process in running.items():

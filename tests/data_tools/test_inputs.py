@@ -76,6 +76,17 @@ def test_the_root_of_lists(root, tmp_path):
         find_sources([tmp_path / "l.txt"])
 
 
+def test_class_numbers_without_a_class_list_are_told(root, capsys):
+    Path("l.txt").write_text("b/v.mp4 3\ntop.webm\n")
+    sources = find_sources([Path("l.txt")], root)
+    assert found(sources, root) == {"b/v.mp4": "b", "top.webm": None}
+    said = capsys.readouterr().err
+    assert said.startswith("l.txt: has 1 class number, but there is no --labels; ") and said.count("\n") == 1
+    Path("l.txt").write_text("gone.mp4\n")
+    with pytest.raises(UserError, match=r"gone\.mp4 \(l\.txt, line 1\): the only listed video does not exist"):
+        find_sources([Path("l.txt")], root)
+
+
 def test_lists_add_to_folders_and_must_agree(root, tmp_path):
     (tmp_path / "one.csv").write_text("path,split,caption\nroot/b/v.mp4,test,first\nroot/b/v.mp4,,second\n")
     for order in (["root", "one.csv"], ["one.csv", "root"]):
@@ -114,4 +125,8 @@ def test_inputs_that_are_none(root, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             find_sources([Path(given)])
+    with pytest.raises(UserError, match=r"--root nope: no such folder"):
+        find_sources([Path("root")], Path("nope"))
+    with pytest.raises(UserError, match=r"--root root: is for the paths in lists, and none of the inputs is a list"):
+        find_sources([Path("root")], Path("root"))
     assert find_sources([Path("root/b/loop/b/loop/a/.hidden")]) != []  # asked for by name

@@ -333,13 +333,14 @@ def test_mistakes_are_one_line_and_exit_code_2(latents, tmp_path):
         "--num_videos 0: must be at least 1": ["sheet", latents, "--out", tmp_path / "x.png", "--num_videos", "0"],
         "must be a .png file": ["sheet", latents, "--out", tmp_path / "x.jpg"],
         "--shard x: .* but not this": ["sheet", latents, "--out", tmp_path / "x.png", "--shard", "x"],
+        "names latents-000001.tar more than once": ["verify", latents / "latents-{000001,000001}.tar"],
         "must lie apart": ["repair", latents, "--out", latents / "new"],
     }
     for expected, arguments in mistakes.items():
         with pytest.raises(UserError, match=expected):
             main([str(argument) for argument in arguments])
     (latents / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="not a manifest of shards"):
+    with pytest.raises(UserError, match=r"not a manifest of shards \(it is not JSON: .* at line 1, column 2\)"):
         main(["repair", str(latents), "--out", str(tmp_path / "out")])
     command = [sys.executable, "-m", "data_tools.inspect_shards", "list", str(tmp_path / "none")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -122,7 +122,7 @@ def test_scenes_become_entries(film, tmp_path, capsys):
     assert len({(entry.path, entry.sha256) for entry in entries}) == 1
     assert len({entry.split for entry in entries if entry.ok}) == 1
     output = capsys.readouterr()
-    assert "2 ok from 1 videos" in output.out
+    assert "2 ok from 1 video (" in output.out
     assert re.search(r"rejected .*film\.mp4, frames 20 to 25: scene of 6 frames", output.err)
     entries = scan(film / "film.mp4", "--min_scene_frames", "6", out=tmp_path / "c.jsonl")
     assert all(entry.ok for entry in entries)
@@ -165,7 +165,7 @@ def test_copies_follow_their_original_into_its_split(film, tmp_path, capsys):
     )
     capsys.readouterr()
     scan(tmp_path / "l.csv", out=tmp_path / "c.jsonl")
-    assert "2 of these lie in another split than their originals" in capsys.readouterr().err
+    assert "2 of these are in another split than their originals" in capsys.readouterr().err
 
 
 def test_groups_and_given_splits(videos, tmp_path):
@@ -346,7 +346,7 @@ def test_mistakes_are_one_line_and_exit_code_2(videos, tmp_path):
         "none of the 2 listed videos exists": [tmp_path / "gone.txt", *x],
         "c.jsonl, line 1: not JSON": [videos, "--out", tmp_path / "c.jsonl"],
         "is a folder": [videos, "--out", tmp_path],
-        "c.jsonl/d.jsonl.results: cannot be written": [videos, "--out", tmp_path / "c.jsonl" / "d.jsonl"],
+        "c.jsonl: cannot make this folder": [videos, "--out", tmp_path / "c.jsonl" / "d.jsonl"],
         "--validation_fraction 2.0: must be between 0 and 1": [videos, *x, "--validation_fraction", "2"],
         "must not be more than 1": [videos, *x, "--validation_fraction", "0.6", "--test_fraction", "0.5"],
         "--group (: is not a regular expression": [videos, *x, "--group", "("],
@@ -389,7 +389,7 @@ def test_a_scan_that_finds_nothing_leaves_an_earlier_corpus_alone(corpus, tmp_pa
     out = tmp_path / "corpus.jsonl"
     out.write_bytes(corpus.read_bytes())
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(UserError, match=r"none of the 1 videos is usable; .*corpus.jsonl is left as it was"):
+    with pytest.raises(UserError, match=r"the only video is not usable; .*corpus.jsonl is left as it was"):
         scan_videos.main([str(tmp_path / "text.mp4"), "--out", str(out), "--workers", "1"])
     assert out.read_bytes() == corpus.read_bytes()
     assert "text.mp4" in capsys.readouterr().err

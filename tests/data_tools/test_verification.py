@@ -1,5 +1,6 @@
 """verify: a whole data set has no problems, and each kind of damage is named with file, place and sample."""
 
+import itertools
 import json
 import os
 import shutil
@@ -26,8 +27,9 @@ from ardiff.data.shards import (
 )
 from ardiff.errors import UserError
 from ardiff.files import write_json
+from data_tools.inspection import shard_checks, shard_repair, shard_workers
 from data_tools.inspection.sample_checks import check_sample
-from data_tools.inspection.shard_checks import read_group, read_groups, rows_of, same_sums
+from data_tools.inspection.shard_checks import check_shard, read_group, read_groups, rows_of, same_sums
 from data_tools.inspection.shard_folders import Problem, Rules, ShardJob, locate, open_parts, printable
 from data_tools.inspection.shard_workers import BytesDone, for_each_shard
 from data_tools.inspection.verification import repeated, verify
@@ -71,6 +73,22 @@ def test_whole_sets_have_no_problems(latents, frames):
             assert (result.videos, result.frames, len(result.parts)) == (videos, num_frames, parts)
 
 
+@pytest.mark.parametrize("kind", ["latents", "frames"])
+def test_reading_a_shard_reports_progress_from_its_first_byte_on(request, monkeypatch, kind):
+    folder = request.getfixturevalue(kind)
+    for module in (shard_checks, shard_repair, shard_workers):
+        monkeypatch.setattr(module, "REPORT_EVERY", 256)
+    manifest = read_manifest(folder)
+    job = ShardJob(folder, manifest.shards[0], Rules.of(manifest))
+    for function, item in ((check_shard, job), (shard_repair.examine, (job, False))):
+        reported: list = []
+        function(item, reported.append)
+        steps = [int(value) for value in reported if isinstance(value, BytesDone)]
+        hashing = list(itertools.takewhile(lambda step: step == 128, steps))
+        assert len(hashing) >= job.entry.bytes // 256  # the checksum alone is half of the work
+        assert job.entry.bytes / 2 < sum(steps) <= job.entry.bytes
+
+
 def test_recomputed_rows_are_those_of_the_indexer(latents, frames):
     for folder in (latents, frames):
         manifest = read_manifest(folder)
@@ -78,7 +96,7 @@ def test_recomputed_rows_are_those_of_the_indexer(latents, frames):
             found = []
             with (folder / entry.file).open("rb") as stream:
                 for number, group in enumerate(read_groups(stream, folder / entry.file)):
-                    members = read_group(stream, group)
+                    members = read_group(stream, group, folder / entry.file)
                     checked = check_sample(group[0].key, members, Rules.of(manifest))
                     found.append(rows_of(number, group, members, checked))
             assert np.array_equal(np.concatenate(found), index_tar(folder / entry.file))

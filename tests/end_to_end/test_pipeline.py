@@ -1,7 +1,9 @@
 """From videos to samples with the ordinary programs, as the README tells it, on a very small scale."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import ROOT, exact, exit_record, metrics, run
+from processes import ROOT, exact, exit_record, free_port, metrics, run
 
 from ardiff.data.dataset import open_shards
 from ardiff.video import decode
@@ -130,7 +132,7 @@ def test_samples_are_videos_and_depend_on_the_seed_only(work, tmp_path):
     with Image.open(tmp_path / "a" / "contact_sheet.png") as sheet:
         assert sheet.width > 10 * 64 and sheet.height > 3 * 64
     settings = json.loads((tmp_path / "a" / "samples.json").read_text())
-    assert settings["labels"] == [0, 1, 2] and settings["gap"] == 2
+    assert [video["label"] for video in settings["videos"]] == [0, 1, 2] and settings["sampling"]["gap"] == 2
     # Other batches, and an export instead of the run: the same latents.
     succeed("launch/export.py", "--run", str(work / "dit"), "--out", str(tmp_path / "exported"))
     sample[2] = str(tmp_path / "exported")
@@ -140,6 +142,69 @@ def test_samples_are_videos_and_depend_on_the_seed_only(work, tmp_path):
     np.testing.assert_allclose(first[:2].astype(np.float32), second.astype(np.float32), atol=2e-3)
     succeed(*sample, "--num_videos", "1", "--seed", "5", "--out", str(tmp_path / "c"))
     assert np.abs(np.load(tmp_path / "c" / "latents.npy").astype(np.float32)[0] - first[0]).max() > 1e-3
+
+
+def test_ranks_share_the_videos(work, tmp_path):
+    sample = ["launch/sample.py", "--run", str(work / "dit"), "--num_videos", "3", "--steps", "4", "--gap", "2"]
+    succeed(*sample, "--out", str(tmp_path / "one"))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "--"]
+    succeed(*launcher, *sample, "--out", str(tmp_path / "two"))
+    one, two = (np.load(tmp_path / name / "latents.npy").astype(np.float32) for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=2e-3)
+    described = [json.loads((tmp_path / name / "samples.json").read_text())["videos"] for name in ("one", "two")]
+    assert described[0] == described[1]
+    # and any of them again by its own seed
+    succeed(
+        *sample[:3], *sample[5:], "--seeds", str(described[0][2]["seed"]), "--label", "2", "--out", str(tmp_path / "c")
+    )
+    again = np.load(tmp_path / "c" / "latents.npy").astype(np.float32)
+    np.testing.assert_allclose(again[0], one[2], atol=2e-3)
+
+
+def test_a_long_video_goes_on_after_a_kill(work, tmp_path):
+    sample = [
+        "launch/sample.py",
+        "--run",
+        str(work / "dit"),
+        "--num_videos",
+        "2",
+        "--num_frames",
+        "120",
+        "--steps",
+        "8",
+    ]
+    sample += ["--gap", "4", "--sampling.window", "6", "--sampling.sink", "1", "--sampling.solver", "dpmpp"]
+    saving = [*sample, "--save_every", "8", "--out", str(tmp_path / "killed")]
+    state = tmp_path / "killed" / "state" / "batch_000000.safetensors"
+    process = subprocess.Popen([PYTHON, *saving], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not state.is_file():
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9
+    assert not (tmp_path / "killed" / "video_000000.mp4").exists()
+    assert "the state of another generation" in fail(*saving, "--seed", "3")
+    assert "goes on at frame" in succeed(*saving)
+    succeed(*sample, "--out", str(tmp_path / "undisturbed"))
+    names = {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    assert names == {path.name for path in (tmp_path / "killed").iterdir()}
+    for name in names - {"samples.json"}:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+def test_prompts_continue_clip_by_clip_and_schedules_are_drawn(work, tmp_path):
+    entries = [json.loads(line) for line in (work / "corpus.jsonl").read_text().splitlines()[:3]]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"clip {i}||{entry['path']}\n" for i, entry in enumerate(entries)) + "no clip\n")
+    sample = ["launch/sample.py", "--run", str(work / "dit"), "--num_frames", "6", "--steps", "4", "--gap", "1"]
+    out = ["--format", "png", "npz", "--out", str(tmp_path / "out")]
+    succeed(*sample, "--prompts", str(prompts), "--prefix_frames", "2", *out)
+    videos = json.loads((tmp_path / "out" / "samples.json").read_text())["videos"]
+    assert [video["prompt"] for video in videos] == ["clip 0", "clip 1", "clip 2", "no clip"]
+    assert [video["given_frames"] for video in videos] == [[2, 0], [2, 0], [2, 0], [0, 0]]
+    assert len(list((tmp_path / "out" / "video_000002").glob("*.png"))) == 6
+    output = succeed(*sample, "--show_schedule", str(tmp_path / "schedule.png"))
+    assert "9 rows, 29 frame-forwards a video (cached; all frames in all rows: 54)" in output
+    assert (tmp_path / "schedule.png").is_file()
 
 
 def test_a_clip_is_continued(work, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 from ardiff.data.corpus import CorpusEntry
 from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
+from ardiff.sampling.conditions import prefix_positions
 from ardiff.video import write_mp4
 from data_tools.sharding.sampling import Rate
-from launch.sample import prefix_positions
 
 
 def space(**values):

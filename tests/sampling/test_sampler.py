@@ -4,11 +4,11 @@ import pytest
 import torch
 from sampling_helpers import BATCH, CHANNELS, FRAMES, SMALL, STEPS, TOKENS, Oracle, assert_same, build, noise_of
 
-from ardiff.config import load
+from ardiff.config import SamplingConfig, load
 from ardiff.diffusion.schedule import PREDICTIONS, Schedule
 from ardiff.errors import UserError
 from ardiff.sampling import sample
-from ardiff.sampling.generate import Request, generate
+from ardiff.sampling.generate import Request, Video, generate, video_seeds
 
 
 def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
@@ -230,10 +230,13 @@ def test_generated_videos_depend_on_their_own_number_only(batch_size):
     config = load("tiny")
     config.model = dataclasses.replace(SMALL, num_classes=3)
     network = build(num_classes=3)
-    labels, prefix = [0, 1, 2, 1, 0], noise_of(frames=1)[:1].float()
-    request = Request(5, FRAMES, 4, 2, guidance=1.5, labels=labels, prefix=prefix, seed=3, batch_size=batch_size)
+    prefix = noise_of(frames=1)[0].float()
+    seeds = video_seeds(3, range(5))
+    videos = [Video(seed, label, prefix=prefix) for seed, label in zip(seeds, [0, 1, 2, 1, 0], strict=True)]
+    sampling = SamplingConfig(num_steps=4, gap=2, guidance=1.5)
+    request = Request(videos, FRAMES, sampling, batch_size)
     whole = generate(network, config, request)
     assert whole.shape == (5, FRAMES, TOKENS, CHANNELS)
-    one = dataclasses.replace(request, num_videos=1, labels=labels[3:4], first_video=3)
+    one = dataclasses.replace(request, videos=videos[3:4])
     torch.testing.assert_close(generate(network, config, one)[0], whole[3], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(whole[0], whole[4])  # the same label, other noise

@@ -19,7 +19,7 @@ WIDTH, TOKENS = 6, 4
 def features(path: Path) -> torch.Tensor:
     config = load("tiny", [])
     config = replace(config, model=replace(config.model, context_dim=WIDTH))
-    return sample._text_features(path, config, SimpleNamespace(text_tokens=TOKENS))
+    return sample.text_features(path, config, SimpleNamespace(text_tokens=TOKENS))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

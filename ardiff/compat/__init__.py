@@ -1,0 +1,1 @@
+"""Import and export of checkpoints that other code has published."""

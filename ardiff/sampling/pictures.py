@@ -1,0 +1,73 @@
+"""A picture of a level matrix: frames to the right, rows downwards, from noise (dark) to clean (light)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ardiff.files import replacing
+from ardiff.sampling.levels import MatrixRows, Rows, SlidingWindow
+
+MOST_CELLS = 900  # rows or frames that are drawn one by one; beyond, every n-th
+NOISE, CLEAN = np.array([38.0, 32.0, 92.0]), np.array([250.0, 231.0, 150.0])
+GIVEN, MARGIN = (120, 190, 130), 46
+
+
+def schedule_picture(path: Path, rows: Rows, window: SlidingWindow | None = None) -> None:
+    """Write a PNG of the levels [rows + 1, F] of a schedule; given frames green, what a window hides grey."""
+    num_rows, num_frames = rows.num_rows, rows.num_frames
+    assert num_rows is not None and num_frames is not None
+    shown_rows = np.unique(np.linspace(0, num_rows, min(num_rows + 1, MOST_CELLS)).round().astype(int))
+    shown_frames = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MOST_CELLS)).round().astype(int))
+    width, height = max(1, 640 // len(shown_frames)), max(1, 640 // len(shown_rows))
+    cells = np.empty((len(shown_rows), len(shown_frames), 3))
+    prefix = (rows.levels(0, 0, num_frames) == 0).numpy()[shown_frames]
+    hidden = np.zeros(cells.shape[:2], dtype=bool)
+    for i, row in enumerate(shown_rows.tolist()):
+        levels = rows.levels(row, 0, num_frames)
+        share = (levels.double() / rows.num_steps).numpy()[shown_frames, None]
+        cells[i] = share * NOISE + (1 - share) * CLEAN
+        cells[i, prefix] = GIVEN
+        if window is not None and row < num_rows:
+            unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else num_frames
+            first, end = window.visible(rows, row, unfinished)
+            hidden[i] = (shown_frames < first) | (shown_frames >= end)
+    cells[hidden] = 0.35 * cells[hidden] + 0.65 * 128
+    picture = cells.round().astype(np.uint8).repeat(height, axis=0).repeat(width, axis=1)
+    canvas = np.full((picture.shape[0] + 2 * MARGIN, picture.shape[1] + 2 * MARGIN, 3), 255, dtype=np.uint8)
+    canvas[MARGIN:-MARGIN, MARGIN:-MARGIN] = picture
+    image = Image.fromarray(canvas)
+    _write_text(image, rows, window)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _write_text(image: Image.Image, rows: Rows, window: SlidingWindow | None) -> None:
+    draw = ImageDraw.Draw(image)
+    what = (
+        "level matrix" if isinstance(rows, MatrixRows) else f"gap {rows.gap}, block {rows.block}, prefix {rows.prefix}"
+    )
+    seen = "" if window is None else f", window {window.frames} (grey: not seen)"
+    draw.text((MARGIN, 6), f"{rows.num_steps} steps, {what}{seen}", fill=(0, 0, 0))
+    draw.text((MARGIN, 24), f"frames 0 .. {(rows.num_frames or 0) - 1}, dark: noise, light: clean", fill=(0, 0, 0))
+    draw.text((4, MARGIN), "row 0", fill=(0, 0, 0))
+    draw.text((4, image.height - MARGIN), f"row {rows.num_rows}", fill=(0, 0, 0))
+
+
+def frame_forwards(rows: Rows, cache: bool, window: SlidingWindow | None = None) -> int:
+    """Frames that go through the network in all rows together, per video and guidance branch."""
+    assert rows.num_rows is not None and rows.num_frames is not None
+    if window is None and not cache:
+        return rows.num_rows * rows.num_frames
+    total = finished = 0
+    for row in range(rows.num_rows):
+        levels = rows.levels(row, 0, rows.num_frames)
+        unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else rows.num_frames
+        if window is not None:
+            first, end = window.visible(rows, row, unfinished)
+        else:  # a finished frame goes through once more, in the row after its last
+            first, end, finished = finished, rows.started(row), unfinished
+        total += end - first
+    return total
