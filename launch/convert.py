@@ -83,8 +83,8 @@ def convert_dit(state_dict: dict[str, Tensor], options: argparse.Namespace, conf
     needed, found = (config.model.tokens_per_frame, channels), (config.vae.num_tokens, config.vae.channels)
     if needed != found:
         raise UserError(
-            f"--dit {options.dit}: takes latents of {needed[0]} tokens x {needed[1]} channels, but the auto-encoder has "
-            f"{found[0]} x {found[1]}"
+            f"--dit {options.dit}: takes latents of {needed[0]} tokens x {needed[1]} channels, but the auto-encoder "
+            f"has {found[0]} x {found[1]}"
         )
     space = LatentSpace(
         "unit", [0.0] * channels, [1.0] * channels, arvae_id, str(arvae_path.resolve()), options.fps, 1, classes

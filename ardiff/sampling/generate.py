@@ -122,6 +122,9 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
                 drawn[i, frame] = normals(video.seed, Stream.SAMPLES, first + frame, shape)
         return torch.from_numpy(drawn).to(device)
 
+    if sampling.sliding and sampling.history >= 0 and not sampling.variable and isinstance(rows, ADRows) and rows.gap:
+        rows = replace(rows, num_frames=None)  # the window stays full, with frames after the last that are thrown away
+
     given = _given(videos, request.num_frames, device)
     return build_rollout(
         network,
@@ -136,6 +139,7 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
         solver=sampling.solver,
         eta=sampling.eta,
         step_seeds=np.array([video.seed for video in videos], dtype=np.int64),
+        length=request.num_frames,
     )
 
 
@@ -151,7 +155,7 @@ def generate(
     done, groups = 0, list(batches(request))
     for number, numbers in enumerate(groups):
         rollout = start(network, config, request, numbers)
-        rows = rollout.rows.num_rows or 0
+        rows = rollout.num_rows or 0
 
         def report(row: int, rows: int, done: int = done, left: int = len(groups) - number) -> None:
             if on_row is not None:

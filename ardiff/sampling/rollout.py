@@ -9,6 +9,7 @@ the attention has a window, so a video may be longer than memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ class Rollout:
     given [B, P, L, C]: the frames that are clean from the start (of a matrix: a whole video, of which they are read).
     warm [B, W, L, C]: a clip whose first frames are noised to the levels of the first row in which no later frame has
     begun, instead of starting from noise alone (PA-VDM, FIFO). step_seeds [B]: randomness of DDIM with eta above 0.
+    length: end with so many frames, of rows without end (a sliding window then stays full to the last frame).
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Rollout:
         warm: Tensor | None = None,
         step_seeds: np.ndarray | None = None,
         block: int = 1,
+        length: int | None = None,
     ) -> None:
         self.denoiser, self.rows, self.noise, self.solver = denoiser, rows, noise, solver
         self.given, self.step_seeds = given, step_seeds
         self.sliding = denoiser.sliding
+        self.length = rows.num_frames if length is None else length
         self.row, self.first, self.num_finished = 0, 0, 0
         self.x = noise(0, 0)
         self.history = History.empty(self.x) if solver.name == "dpmpp" else None
@@ -94,8 +98,15 @@ class Rollout:
 
     @property
     def done(self) -> bool:
-        """Whether all rows are behind us."""
-        return self.rows.num_rows is not None and self.row >= self.rows.num_rows
+        """Whether all frames are final."""
+        return self.length is not None and self.num_finished >= self.length
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of all; None for a video without end."""
+        if self.length is None or self.rows.num_frames is not None or isinstance(self.rows, MatrixRows):
+            return self.rows.num_rows
+        return replace(self.rows, num_frames=self.length).num_rows
 
     def __iter__(self) -> Iterator[Finished]:
         """All rows; frames are yielded, in order, as soon as they are final."""
@@ -118,6 +129,8 @@ class Rollout:
         clean = int((after > 0).nonzero().min()) if (after > 0).any() else len(after)
         finished = None
         if self.first + clean > self.num_finished:
+            if self.length is not None:
+                clean = min(clean, self.length - self.first)
             fresh = self.x[:, self.num_finished - self.first : clean].clone()
             finished, self.num_finished = Finished(self.num_finished, fresh), self.first + clean
         if self.cache is not None:

@@ -135,6 +135,7 @@ def build_rollout(
     solver: str = "ddim",
     eta: float = 0.0,
     step_seeds: np.ndarray | None = None,
+    length: int | None = None,
 ) -> Rollout:
     """A `Rollout` with everything checked that can be; iterate over it for frames as they finish (streaming)."""
     if cache not in ("exact", "none"):
@@ -164,6 +165,7 @@ def build_rollout(
         warm=warm,
         step_seeds=step_seeds,
         block=block,
+        length=length,
     )
 
 
@@ -174,8 +176,8 @@ def collect(rollout: Rollout, like: Tensor, on_row: Callable[[int, int], None] |
         finished = rollout.step()
         if finished is not None:
             out[:, finished.first : finished.first + finished.latents.shape[1]] = finished.latents
-        if on_row is not None and rollout.rows.num_rows is not None:
-            on_row(rollout.row, rollout.rows.num_rows)
+        if on_row is not None and rollout.num_rows is not None:
+            on_row(rollout.row, rollout.num_rows)
     return out
 
 
