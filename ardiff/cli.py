@@ -83,6 +83,7 @@ class Parser(argparse.ArgumentParser):
         """As in argparse; several words of one positional argument need not be together."""
         scattered = any(not action.option_strings and action.nargs in ("+", "*") for action in self._actions)
         parse = self.parse_known_intermixed_args if scattered else self.parse_known_args
+        self._words = list(sys.argv[1:] if args is None else args)
         options, rest = parse(args, namespace)
         if rest:
             self._refuse(rest, options)
@@ -90,7 +91,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError for what argparse complains of; an option that does not exist is the likelier cause."""
-        raise _same_on_all_ranks(self._mistyped() or self._clear(message))
+        raise _same_on_all_ranks(self._mistyped() or self._clear(" ".join(message.splitlines())))
 
     def print_help(self, file: Any = None) -> None:
         """Once for all ranks."""

@@ -40,6 +40,7 @@ from ardiff.sampling.generate import (
     Video,
     batches,
     cache_mode,
+    can_be_guided,
     generate,
     rows_of,
     start,
@@ -92,9 +93,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show_schedule", type=Path, metavar="PNG", help="draw the level matrix; without --out "
                         "nothing is sampled")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # deepspeed's; the environment says it too
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's; the environment says it too
 
 
 def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Config]:
@@ -119,11 +118,11 @@ def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Co
         raise UserError(f"{wrong[0]}: a trained model is sampled as it is; only --sampling.* can be changed here")
     config = with_overrides(config, [*changes, *overrides])
     model, sampling = config.model, config.sampling
-    if options.guidance not in (None, 1.0) and not model.num_classes and not model.context_dim:
+    if options.guidance not in (None, 1.0) and not can_be_guided(model):
         raise UserError(
             f"--guidance {options.guidance}: this model has no classes or texts to guide towards; leave it at 1"
         )
-    if not model.num_classes and not model.context_dim:
+    if not can_be_guided(model):
         sampling.guidance = 1.0
     seeds = getattr(options, "seeds", None)
     count = len(seeds) if seeds else options.num_videos or 8
@@ -255,13 +254,15 @@ class Program:
 
 
 class Outputs:
-    """The files of the videos of one batch; decodes their latents a few frames at a time."""
+    """The files of the videos of one batch; decodes their latents a few frames at a time where the decoder allows."""
 
     def __init__(self, program: Program, numbers: list[int]) -> None:
         size, frames = program.decoder.image_size, program.request.num_frames
+        self.num_frames = frames
         out, formats = program.options.out, list(dict.fromkeys(program.options.format))
         names = [f"video_{number:06d}" for number in numbers]
         self.decoder = program.decoder
+        self.waiting: list[Tensor] = []  # for a decoder that wants the whole video
         self.videos = [VideoOutput(out, name, formats, frames, (size, size), program.fps) for name in names]
 
     def __enter__(self) -> Outputs:
@@ -271,8 +272,14 @@ class Outputs:
 
     def add(self, latents: Tensor) -> None:
         """The next frames [B, n, L, C] of all videos."""
-        for begin in range(0, latents.shape[1], DECODED_AT_ONCE):
-            piece = latents[:, begin : begin + DECODED_AT_ONCE]
+        at_once = DECODED_AT_ONCE
+        if not self.decoder.by_frame:
+            self.waiting.append(latents)
+            if progress.total_frames(self.waiting) < self.num_frames:
+                return
+            latents, at_once = torch.cat(self.waiting, dim=1), self.num_frames
+        for begin in range(0, latents.shape[1], at_once):
+            piece = latents[:, begin : begin + at_once]
             for video, part in zip(self.videos, piece, strict=True):
                 video.add(self.decoder.decode(part[None])[0], part.numpy())
 

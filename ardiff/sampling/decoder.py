@@ -45,13 +45,27 @@ class Decoder:
         """Height and width of its pictures."""
         return self.network.config.image_size
 
+    @property
+    def by_frame(self) -> bool:
+        """Whether a frame is decoded without the others; otherwise videos are decoded one by one, whole."""
+        return not getattr(self.network, "temporal", False)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents of the model [V, F, L, C] -> pictures uint8 [V, F, H, W, 3]."""
-        flat = self.space.to_arvae(latents).flatten(0, 1)[None].to(self.device)
-        parts = [self.network.decode(flat[:, i : i + DECODED_FRAMES]) for i in range(0, flat.shape[1], DECODED_FRAMES)]
-        pixels = torch.cat(parts, dim=1)[0].float().clamp(0, 1).mul(255).round().byte().cpu()
+        found = self.space.to_arvae(latents).to(self.device)
+        if self.by_frame:
+            flat = found.flatten(0, 1)[None]
+            pieces = [flat[:, i : i + DECODED_FRAMES] for i in range(0, flat.shape[1], DECODED_FRAMES)]
+        else:
+            pieces = list(found.split(1))
+        pixels = torch.cat([self._pixels(self.network.decode(piece)) for piece in pieces])
         return pixels.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2]).numpy()
+
+    @staticmethod
+    def _pixels(video: Tensor) -> Tensor:
+        """[1, F, 3, H, W] in [0, 1] -> uint8 [F, 3, H, W] on the host."""
+        return video[0].float().clamp(0, 1).mul(255).round().byte().cpu()
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:

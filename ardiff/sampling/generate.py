@@ -16,7 +16,7 @@ from ardiff.randomness import Stream, hashed, normals
 from ardiff.sampling.guidance import Guidance
 from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow, pinned_levels
 from ardiff.sampling.rollout import Rollout
-from ardiff.sampling.sampler import Window, build_rollout, collect
+from ardiff.sampling.sampler import Window, build_rollout, collect, conditions_of
 
 
 @dataclass
@@ -59,7 +59,7 @@ def default_request(config: Config, num_videos: int, seed: int) -> Request:
     labels = [i % classes if classes else None for i in range(num_videos)]
     videos = [Video(s, label) for s, label in zip(video_seeds(seed, range(num_videos)), labels, strict=True)]
     sampling = config.sampling
-    if not classes:  # nothing to guide towards
+    if not classes and config.model.architecture != "reference":  # texts are not known here
         sampling = replace(sampling, guidance=1.0)
     return Request(videos, config.model.num_frames, sampling)
 
@@ -131,7 +131,7 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
         rows,
         noise,
         Schedule.from_config(config.diffusion, config.vae.image_size, model.num_frames),
-        _guidance(request, model, videos, device),
+        _guidance(network, request, model, videos, device),
         cache=cache_mode(model, sampling, ending),
         window=window_of(sampling),
         given=given,
@@ -181,7 +181,14 @@ def _given(videos: Sequence[Video], num_frames: int, device: torch.device) -> Te
     return whole.to(device)
 
 
-def _guidance(request: Request, model: ModelConfig, videos: Sequence[Video], device: torch.device) -> Guidance:
+def can_be_guided(model: ModelConfig) -> bool:
+    """Whether there is anything to guide towards: classes, texts, or the context that a published network holds."""
+    return bool(model.num_classes or model.context_dim or model.architecture == "reference")
+
+
+def _guidance(
+    network: nn.Module, request: Request, model: ModelConfig, videos: Sequence[Video], device: torch.device
+) -> Guidance:
     label = null_context = context = None
     if videos[0].label is not None:
         label = torch.tensor([video.label for video in videos], device=device)
@@ -191,4 +198,4 @@ def _guidance(request: Request, model: ModelConfig, videos: Sequence[Video], dev
         for i, video in enumerate(videos):
             if video.text is not None:
                 context[i, : len(video.text)] = video.text.to(device)
-    return Guidance.build(request.sampling.guidance, label, model.num_classes, context, null_context)
+    return conditions_of(network, len(videos), request.sampling.guidance, label, context, null_context)

@@ -51,7 +51,7 @@ def sample(
     Raises UserError for settings that cannot be sampled exactly.
     """
     rows = ADRows(noise.shape[1], num_steps, gap, block, 0 if prefix is None else prefix.shape[1])
-    conditions = Guidance.build(guidance, label, _null_label(model), context, null_context)
+    conditions = conditions_of(model, noise.shape[0], guidance, label, context, null_context)
     rollout = build_rollout(
         model,
         rows,
@@ -104,7 +104,7 @@ def sample_levels(
             f"frames {pinned} are given, but under a {mask} mask later frames do not reach earlier ones: use a "
             "bidirectional model, or give the first frames only"
         )
-    conditions = Guidance.build(guidance, label, _null_label(model), context, null_context)
+    conditions = conditions_of(model, noise.shape[0], guidance, label, context, null_context)
     rollout = build_rollout(
         model,
         rows,
@@ -185,6 +185,18 @@ def _seeds(batch: int, generator: torch.Generator | None) -> np.ndarray:
     return torch.randint(2**62, (batch,), generator=generator).numpy()
 
 
-def _null_label(model: Model) -> int:
-    config = getattr(model, "config", None)
-    return getattr(config, "num_classes", 0)
+def conditions_of(
+    model: Model,
+    batch_size: int,
+    guidance: float,
+    label: Tensor | None,
+    context: Tensor | None,
+    null_context: Tensor | None,
+) -> Guidance:
+    """The branches of guidance; what is not given comes from the model, where it has a context of its own."""
+    if guidance != 1.0 and label is None and context is None and hasattr(model, "contexts"):
+        context, null_context = model.contexts(batch_size) or (None, None)
+    if context is not None and null_context is None and getattr(model, "null_context", None) is not None:
+        null_context = model.null_context.to(context)  # type: ignore[attr-defined]
+    null_label = getattr(getattr(model, "config", None), "num_classes", 0)
+    return Guidance.build(guidance, label, null_label, context, null_context)

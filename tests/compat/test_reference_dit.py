@@ -304,6 +304,20 @@ def test_an_unconditional_network_uses_its_stored_context():
         model(x, t)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_guidance_takes_what_the_network_holds_where_nothing_is_given(stored):
+    network = build()
+    model = network.as_model("x0", null_context=None)
+    x, _, context = inputs()
+    noise = torch.randn_like(x)
+    given = model.stored_context(len(x)) if stored else context
+    expected = sample(
+        model, noise, 4, 1, Schedule(), guidance=2.0, context=given, null_context=torch.zeros_like(given), cache="none"
+    )
+    found = sample(model, noise, 4, 1, Schedule(), guidance=2.0, context=None if stored else context, cache="none")
+    assert torch.equal(found, expected)
+
+
 def test_learned_variances_are_left_out_in_sampling():
     network = build(learn_sigma=True)
     x, t, context = inputs()

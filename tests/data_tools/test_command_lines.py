@@ -26,6 +26,7 @@ GIVEN = ["--corpus", "c", "--out", "o"]
         (shard_videos, [*GIVEN, "x"], "unexpected argument 'x'; see --help"),
         (shard_videos, [*GIVEN, "--fps"], "--fps: needs a value, as in '--fps X'; see --help"),
         (shard_videos, [*GIVEN, "--size", "big"], "--size big: must be a whole number"),
+        (shard_videos, [*GIVEN, "--size", "two\nlines"], "--size two\\nlines: must be a whole number"),
         (shard_videos, [*GIVEN, "--shard_mb", "big"], "--shard_mb big: must be a number"),
         (shard_videos, [*GIVEN, "--size", "-5.5"], "--size -5.5: must be a whole number"),
         (

@@ -123,15 +123,20 @@ def windowed():
     return batch
 
 
-@pytest.mark.parametrize("options", [["frame_causal"], ["bidirectional"]], ids=lambda options: options[0])
-def test_a_window_is_a_shorter_clip(options):
-    objective = build(f"model.mask={options[0]}", "model.num_classes=2")
-    batch = {**windowed(), "label": torch.tensor([0, 1, 2])}
+@pytest.mark.parametrize(
+    ("mask", "context"), [("frame_causal", "strict"), ("frame_causal", "leaky"), ("bidirectional", "strict")]
+)
+def test_a_window_is_a_shorter_clip(mask, context):
+    # through leaky context tokens a frame reads the later ones, whatever the mask
+    objective = build(f"model.mask={mask}", f"model.context={context}", "model.num_classes=2", "model.context_dim=5")
+    batch = {**windowed(), "label": torch.tensor([0, 1, 2]), "context": torch.randn(3, 2, 5, dtype=torch.float64)}
     total, count = objective(batch)["loss"]
     parts = []
     for row, length in enumerate(batch["window"].tolist()):
         one = {name: value[row : row + 1] for name, value in batch.items() if name != "window"}
-        parts.append(objective({name: v if name == "label" else v[:, :length] for name, v in one.items()})["loss"])
+        parts.append(
+            objective({name: v if name in ("label", "context") else v[:, :length] for name, v in one.items()})["loss"]
+        )
     assert total.item() == pytest.approx(sum(part[0].item() for part in parts), rel=1e-5)
     assert count.item() == sum(part[1].item() for part in parts) == 6 * TOKENS * CHANNELS
     beyond = torch.arange(FRAMES) >= batch["window"][:, None]
