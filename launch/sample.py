@@ -51,7 +51,7 @@ from ardiff.sampling.levels import SlidingWindow
 from ardiff.sampling.outputs import FORMATS, VideoOutput
 from ardiff.sampling.pictures import frame_forwards, schedule_picture
 from ardiff.training.weights import load_dit
-from ardiff.video import contact_sheet
+from ardiff.video import Mp4Writer, contact_sheet
 
 SHEET_ROWS = 16
 DECODED_AT_ONCE = 16  # frames that wait for the decoder at most
@@ -88,6 +88,7 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arvae", type=Path, help="decodes the samples (default: the one that made the latents)")
     parser.add_argument("--fps", type=float, help="of the videos (default: that of the training videos)")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["mp4"], help="(default mp4)")
+    parser.add_argument("--grid", action="store_true", help="also grid.mp4: the first 16 videos side by side")
     parser.add_argument("--save_every", type=int, metavar="N", help="save the state every N frames; the same command "
                         "goes on from there")  # fmt: skip
     parser.add_argument("--show_schedule", type=Path, metavar="PNG", help="draw the level matrix; without --out "
@@ -295,6 +296,8 @@ def write_summary(program: Program, results: dict[int, dict[str, Any]]) -> None:
     contact_sheet(options.out / "contact_sheet.png", [results[n]["sheet"] for n in order if n < SHEET_ROWS])
     with replacing(options.out / "latents.npy") as temporary, temporary.open("wb") as stream:
         np.save(stream, np.stack([results[n]["latents"] for n in order]), allow_pickle=False)
+    if options.grid:
+        _write_grid(program, [results[n]["latents"] for n in order[:SHEET_ROWS]])
     settings = {
         "run": str(options.run),
         "weights": options.weights,
@@ -309,6 +312,23 @@ def write_summary(program: Program, results: dict[int, dict[str, Any]]) -> None:
         "videos": [program.describe(n, results[n]["files"]) for n in order],
     }
     write_json(options.out / "samples.json", settings)
+
+
+def _write_grid(program: Program, latents: list[np.ndarray]) -> None:
+    """grid.mp4: videos [F, L, C] as tiles, decoded a few frames at a time."""
+    side = program.decoder.image_size
+    columns = math.ceil(math.sqrt(len(latents)))
+    rows = math.ceil(len(latents) / columns)
+    videos = torch.from_numpy(np.stack(latents).astype(np.float32))
+    at_once = DECODED_AT_ONCE if program.decoder.by_frame else videos.shape[1]
+    with Mp4Writer(program.options.out / "grid.mp4", rows * side, columns * side, program.fps) as writer:
+        for part in videos.split(at_once, dim=1):
+            frames = program.decoder.decode(part)
+            tiles = np.zeros((frames.shape[1], rows * side, columns * side, 3), np.uint8)
+            for i, video in enumerate(frames):
+                top, left = i // columns * side, i % columns * side
+                tiles[:, top : top + side, left : left + side] = video
+            writer.add(tiles)
 
 
 def show_schedule(options: argparse.Namespace, request: Request, config: Config) -> None:

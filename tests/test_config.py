@@ -23,7 +23,8 @@ PUBLIC_KEYS = {
     "diffusion": (
         "num_timesteps beta_start beta_end process flow_shift prediction timesteps shared_probability init_probability "
         "staircase.num_steps staircase.gap staircase.block staircase.prefix staircase.prefix_dropout staircase.pattern "
-        "staircase.jitter staircase.variable_length mixture conditioning.probability conditioning.max_frames conditioning.where"
+        "staircase.jitter staircase.variable_length mixture conditioning.probability conditioning.max_frames "
+        "conditioning.where"
     ),
     "data": (
         "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "

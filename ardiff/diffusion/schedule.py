@@ -72,9 +72,7 @@ class Schedule:
     def from_config(cls, config: DiffusionConfig, image_size: int = 256, num_frames: int = 16) -> Schedule:
         """The schedule of a configuration; the two sizes give the resolution warp where flow_shift is 0."""
         shift = config.flow_shift or resolution_shift(image_size, image_size, num_frames)
-        return cls(
-            config.num_timesteps, config.beta_start, config.beta_end, config.prediction, config.process, shift
-        )
+        return cls(config.num_timesteps, config.beta_start, config.beta_end, config.prediction, config.process, shift)
 
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """data and noise at t [...], on the device and in the dtype of `like`, with axes appended to broadcast.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
 from ardiff.sampling.guidance import Denoiser, Guidance, Model
 from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow
-from ardiff.sampling.rollout import Noise, Rollout, check_cache
+from ardiff.sampling.rollout import Finished, Noise, Rollout, check_cache
 from ardiff.sampling.solvers import Solver
 
 Window = tuple[int, int] | SlidingWindow
@@ -121,6 +121,50 @@ def sample_levels(
     return collect(rollout, noise, on_row)
 
 
+def stream(
+    model: Model,
+    noise: Noise,
+    num_steps: int,
+    gap: int,
+    schedule: Schedule,
+    *,
+    num_frames: int | None = None,
+    guidance: float = 1.0,
+    label: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    cache: str = "exact",
+    window: Window | None = None,
+    block: int = 1,
+    prefix: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    solver: str = "ddim",
+    eta: float = 0.0,
+) -> Iterator[Finished]:
+    """As `sample`, but yields frames (first, latents [B, n, L, C]) in order, as soon as they are final.
+
+    noise(first, count) gives the noise [B, count, L, C] of these frames. num_frames None: without end, which takes a
+    window; what is held does not grow then.
+    """
+    rows = ADRows(num_frames, num_steps, gap, block, 0 if prefix is None else prefix.shape[1])
+    batch = noise(0, 0).shape[0]
+    return iter(
+        build_rollout(
+            model,
+            rows,
+            noise,
+            schedule,
+            conditions_of(model, batch, guidance, label, context, null_context),
+            cache=cache,
+            window=window,
+            given=prefix,
+            solver=solver,
+            eta=eta,
+            step_seeds=_seeds(batch, generator) if eta else None,
+        )
+    )
+
+
 def build_rollout(
     model: Model,
     rows: Rows,
@@ -137,7 +181,7 @@ def build_rollout(
     step_seeds: np.ndarray | None = None,
     length: int | None = None,
 ) -> Rollout:
-    """A `Rollout` with everything checked that can be; iterate over it for frames as they finish (streaming)."""
+    """A `Rollout` with everything checked that can be; iterate over it for frames as they finish, or save its state."""
     if cache not in ("exact", "none"):
         raise UserError(f"cache = '{cache}' must be 'exact' or 'none'")
     config = getattr(model, "config", None)

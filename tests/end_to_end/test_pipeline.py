@@ -196,12 +196,13 @@ def test_prompts_continue_clip_by_clip_and_schedules_are_drawn(work, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"clip {i}||{entry['path']}\n" for i, entry in enumerate(entries)) + "no clip\n")
     sample = ["launch/sample.py", "--run", str(work / "dit"), "--num_frames", "6", "--steps", "4", "--gap", "1"]
-    out = ["--format", "png", "npz", "--out", str(tmp_path / "out")]
+    out = ["--grid", "--format", "png", "npz", "--out", str(tmp_path / "out")]
     succeed(*sample, "--prompts", str(prompts), "--prefix_frames", "2", *out)
     videos = json.loads((tmp_path / "out" / "samples.json").read_text())["videos"]
     assert [video["prompt"] for video in videos] == ["clip 0", "clip 1", "clip 2", "no clip"]
     assert [video["given_frames"] for video in videos] == [[2, 0], [2, 0], [2, 0], [0, 0]]
     assert len(list((tmp_path / "out" / "video_000002").glob("*.png"))) == 6
+    assert np.stack(list(decode(tmp_path / "out" / "grid.mp4"))).shape == (6, 128, 128, 3)
     output = succeed(*sample, "--show_schedule", str(tmp_path / "schedule.png"))
     assert "9 rows, 29 frame-forwards a video (cached; all frames in all rows: 54)" in output
     assert (tmp_path / "schedule.png").is_file()

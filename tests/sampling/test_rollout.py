@@ -4,7 +4,7 @@ from sampling_helpers import BATCH, CHANNELS, STEPS, TOKENS, Oracle, assert_same
 
 from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
-from ardiff.sampling import SlidingWindow, ad_levels, pinned_levels, pyramid_levels, sample, sample_levels
+from ardiff.sampling import SlidingWindow, ad_levels, pinned_levels, pyramid_levels, sample, sample_levels, stream
 from ardiff.sampling.guidance import Guidance
 from ardiff.sampling.levels import ADRows
 from ardiff.sampling.sampler import build_rollout
@@ -62,6 +62,8 @@ def test_frames_stream_out_in_order_and_as_soon_as_they_are_final(gap, solver):
     model, noise = build(), noise_of(frames=10)
     expected = sample(model, noise, STEPS, gap, Schedule(), window=(3, 1), solver=solver)
     rows = ADRows(None, STEPS, gap)
+    streamed = stream(model, source(noise), STEPS, gap, Schedule(), num_frames=10, window=(3, 1), solver=solver)
+    assert_same(torch.cat([latents for _, latents in streamed], dim=1), expected, 1e-12)
     rollout = build_rollout(
         model, rows, source(noise.repeat(1, 3, 1, 1)), Schedule(), PLAIN, window=(3, 1), solver=solver
     )

@@ -139,6 +139,7 @@ def test_an_oracle_gets_its_video_back(gap, prediction, cache):
         (16, 0, "exact", 800),
         (16, 50, "none", 12_800),
         (16, 5, "none", 2_000),
+        (128, 5, "exact", 6_527),
         (128, 25, "exact", 6_527),
     ],
 )
