@@ -198,13 +198,14 @@ def build_rollout(
     elif cache == "none" and rows.num_frames is None:
         raise UserError("a video without end needs cache = 'exact' or a SlidingWindow")
     block = check_cache(model, rows, sliding, band) if cache == "exact" else 1
+    all_at_once = isinstance(rows, ADRows) and rows.gap == 0 and rows.prefix == 0  # nothing is finished before the end
     denoiser = Denoiser(model, schedule, rows.num_steps, guidance, band, sliding)
     return Rollout(
         denoiser,
         rows,
         noise,
         Solver(denoiser.grid, solver, eta),
-        cache=cache == "exact",
+        cache=cache == "exact" and not all_at_once,
         given=given,
         warm=warm,
         step_seeds=step_seeds,

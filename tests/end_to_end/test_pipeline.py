@@ -219,6 +219,24 @@ def test_a_clip_is_continued(work, tmp_path):
     assert "must leave something of --num_frames 3" in fail(*sample, *prefix[:4], "--num_frames", "3", "--out", "x")
 
 
+def test_pavdm_is_trained_and_continues_a_clip(work, tmp_path):
+    """Rectified flow, bidirectional attention, a staircase of chunks, windows of variable length."""
+    train = ["launch/train.py", "--config", "pavdm", "--data.shards", str(work / "latents"), "--run_dir"]
+    train += [str(tmp_path / "run"), "--ds_config", "ds_configs/zero2_cpu.json", "--train.max_steps", "2"]
+    sizes = {"model.hidden_size": 32, "model.depth": 2, "model.num_heads": 2, "model.num_frames": 8}
+    sizes |= {"diffusion.staircase.block": 2, "diffusion.staircase.prefix": 2, "diffusion.staircase.num_steps": 6}
+    sizes |= {"sampling.block": 2, "sampling.gap": 2, "sampling.num_steps": 6, "sampling.sliding": 8}
+    sizes |= {"sampling.history": 2, "train.global_batch_size": 4, "train.micro_batch_size": 4, "train.warmup_steps": 0}
+    succeed(*train, *(f"--{key}={value}" for key, value in sizes.items()), "--train.log_every", "1")
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    clip = json.loads((work / "corpus.jsonl").read_text().splitlines()[0])["path"]
+    sample = ["launch/sample.py", "--run", str(tmp_path / "run"), "--num_videos", "1", "--num_frames", "14"]
+    succeed(*sample, "--prefix", clip, "--prefix_frames", "2", "--out", str(tmp_path / "out"))
+    assert np.load(tmp_path / "out" / "latents.npy").shape == (1, 14, 32, 4)
+    line = fail(*sample, "--sampling.sliding", "6", "--out", str(tmp_path / "x"))
+    assert "ceil(6 / 2) * 2 + 2 = 8 frames are unfinished or history at a time" in line and "gap >= 3" in line
+
+
 def test_evaluation_gives_distances(work, tmp_path):
     evaluate = ["launch/evaluate.py", "--run", str(work / "dit"), "--data", str(work / "latents" / "validation")]
     evaluate += ["--train_data", str(work / "latents")]
