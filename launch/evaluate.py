@@ -83,7 +83,9 @@ def main() -> int:
     parser.add_argument("--data", required=True, metavar="LATENTS", help="held-out latent shards")
     parser.add_argument("--train_data", metavar="LATENTS", help="latent shards of training, for scale")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
-    options = parser.parse_args()
+    parser.takes_settings = True
+    options, overrides = cli.parse_with_overrides(parser)
+    options.overrides = overrides
 
     if options.run is None:
         raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")

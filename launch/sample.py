@@ -12,9 +12,9 @@ Writes every video in the formats asked for (mp4), contact_sheet.png (a row per 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +33,7 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers, replacing, write_json
 from ardiff.sampling import progress
-from ardiff.sampling.conditions import Prompt, class_number, encode_clip, read_prompts, text_features
+from ardiff.sampling.conditions import Prompt, class_number, encode_clip, is_picture, read_prompts, text_features
 from ardiff.sampling.decoder import Decoder, default_device
 from ardiff.sampling.generate import (
     Request,
@@ -41,6 +41,7 @@ from ardiff.sampling.generate import (
     batches,
     cache_mode,
     can_be_guided,
+    cost,
     generate,
     rows_of,
     start,
@@ -60,7 +61,7 @@ DECODED_AT_ONCE = 16  # frames that wait for the decoder at most
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The settings of the sampler, shared with launch/evaluate.py; None means: as in the run's configuration."""
     parser.add_argument("--run", type=Path, help="a run_dir, a checkpoint of it, or an export")
-    parser.add_argument("--num_videos", type=int, help="(default 8)")
+    parser.add_argument("--num_videos", type=int, help="(default sampling.num_videos)")
     parser.add_argument("--num_frames", type=int, help="frames per video (default: a training clip)")
     parser.add_argument("--steps", type=int, help="solver steps per frame (default sampling.num_steps)")
     parser.add_argument("--gap", type=int, help="steps between the starts of neighbouring frames: 0 synchronous, "
@@ -114,9 +115,10 @@ def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Co
     if options.guidance is not None:
         changes.append(f"sampling.guidance={options.guidance}")
     overrides = getattr(options, "overrides", [])
-    wrong = [word for word in overrides if word.startswith("--") and not word.startswith("--sampling.")]
+    names = [word.removeprefix("--") for word in overrides if word.startswith("--") or "=" in word]
+    wrong = [name for name in names if not name.startswith("sampling.")]
     if wrong:
-        raise UserError(f"{wrong[0]}: a trained model is sampled as it is; only --sampling.* can be changed here")
+        raise UserError(f"'{wrong[0]}': a trained model is sampled as it is; only --sampling.* can be changed here")
     config = with_overrides(config, [*changes, *overrides])
     model, sampling = config.model, config.sampling
     if options.guidance not in (None, 1.0) and not can_be_guided(model):
@@ -126,7 +128,9 @@ def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Co
     if not can_be_guided(model):
         sampling.guidance = 1.0
     seeds = getattr(options, "seeds", None)
-    count = len(seeds) if seeds else options.num_videos or 8
+    if seeds and not all(0 <= seed < 2**62 for seed in seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: must be whole numbers from 0 to 2^62 - 1")
+    count = len(seeds) if seeds else options.num_videos or sampling.num_videos
     if seeds and options.num_videos not in (None, count):
         raise UserError(f"--num_videos {options.num_videos}: but --seeds names {count}")
     labels = [i % model.num_classes if model.num_classes else None for i in range(count)]
@@ -160,45 +164,56 @@ def set_conditions(
     """Give the videos their classes, texts and frames."""
     prompts = read_prompts(options.prompts) if options.prompts else None
     if prompts is not None:
-        _one_video_per_prompt(options, request, prompts)
-    request.text_tokens = space.text_tokens
-    frames = options.prefix_frames or max(1, config.model.num_frames // 2)
+        _one_video_per_prompt(options, request, config, prompts)
+    request.text_tokens, request.warm_frames = space.text_tokens, options.warm_frames
+    clips = [options.prefix] if prompts is None else [prompt.clip or options.prefix for prompt in prompts]
+    given = max((_prefix_frames(options, config, clip) for clip in clips), default=0)
     ending = options.ending_frames if options.ending else 0
-    given = frames if options.prefix or prompts else 0
     if given + ending >= request.num_frames:
         raise UserError(
             f"--prefix_frames {given}{f' and --ending_frames {ending}' if ending else ''}: must leave something of "
             f"--num_frames {request.num_frames}"
         )
-    request.warm_frames = options.warm_frames
-    if not 0 <= request.warm_frames <= given:
-        raise UserError(f"--warm_frames {request.warm_frames}: must be at most the {given} frames that are given")
-    common = encode_clip(options.prefix, frames, config, decoder, "--prefix", end=False) if options.prefix else None
+    least = min((_prefix_frames(options, config, clip) for clip in clips), default=0)
+    if not 0 <= request.warm_frames <= least:
+        raise UserError(f"--warm_frames {request.warm_frames}: must be at most the {least} frames that are given")
     last = encode_clip(options.ending, ending, config, decoder, "--ending", end=True) if options.ending else None
     label = class_number(options.label, space.classes, config) if options.label is not None else None
     text = text_features(options.text, config, space) if options.text and prompts is None else None
+    encoded: dict[Path, Tensor] = {}
     for number, video in enumerate(request.videos):
-        prompt = prompts[number] if prompts else None
+        clip = clips[number] if prompts else clips[0]
+        if clip is not None and clip not in encoded:
+            frames, option = _prefix_frames(options, config, clip), "--prompts" if prompts else "--prefix"
+            encoded[clip] = encode_clip(clip, frames, config, decoder, option, end=False)
         video.label = label if label is not None else video.label
-        video.prefix, video.ending, video.text = common, last, text
-        if prompt is None:
-            continue
-        video.prompt = prompt.text
-        if prompt.clip is not None:
-            video.prefix = encode_clip(prompt.clip, frames, config, decoder, "--prompts", end=False)
-        if options.text:
-            video.text = text_features(options.text / f"{number:06d}.npy", config, space)
+        video.prefix, video.clip = (encoded[clip], str(clip)) if clip else (None, None)
+        video.ending, video.text = last, text
+        if prompts:
+            video.prompt = prompts[number].text
+            if options.text:
+                video.text = text_features(options.text / f"{number:06d}.npy", config, space)
 
 
-def _one_video_per_prompt(options: argparse.Namespace, request: Request, prompts: list[Prompt]) -> None:
+def _prefix_frames(options: argparse.Namespace, config: Config, clip: Path | None) -> int:
+    """How many frames are taken of a clip: unless told otherwise half a training clip, in whole blocks."""
+    if clip is None:
+        return 0
+    if options.prefix_frames:
+        return int(options.prefix_frames)
+    if is_picture(clip):
+        return 1
+    block = config.sampling.block or config.model.block
+    return max(1, config.model.num_frames // 2 // block * block)
+
+
+def _one_video_per_prompt(options: argparse.Namespace, request: Request, config: Config, prompts: list[Prompt]) -> None:
     if options.num_videos not in (None, len(prompts)):
         raise UserError(f"--num_videos {options.num_videos}: but --prompts has {len(prompts)} lines, a video each")
     if options.seeds and len(options.seeds) != len(prompts):
         raise UserError(f"--seeds names {len(options.seeds)} videos, but --prompts has {len(prompts)} lines")
-    model_classes = {video.label for video in request.videos} - {None}
-    seeds = options.seeds or video_seeds(options.seed, range(len(prompts)))
-    labels = [i % len(model_classes) if model_classes else None for i in range(len(prompts))]
-    request.videos = [Video(seed, label) for seed, label in zip(seeds, labels, strict=True)]
+    seeds, classes = options.seeds or video_seeds(options.seed, range(len(prompts))), config.model.num_classes
+    request.videos = [Video(seed, i % classes if classes else None) for i, seed in enumerate(seeds)]
 
 
 class Program:
@@ -251,7 +266,7 @@ class Program:
         video, classes = self.request.videos[number], self.decoder.space.classes
         name = classes[video.label] if video.label is not None and video.label < len(classes) else None
         return {"number": number, "files": files, "seed": video.seed, "label": video.label, "class": name,
-                "prompt": video.prompt, "given_frames": list(video.shape_key)}  # fmt: skip
+                "prompt": video.prompt, "clip": video.clip, "given_frames": list(video.shape_key)}  # fmt: skip
 
 
 class Outputs:
@@ -302,6 +317,7 @@ def write_summary(program: Program, results: dict[int, dict[str, Any]]) -> None:
         "run": str(options.run),
         "weights": options.weights,
         "num_frames": request.num_frames,
+        "warm_frames": request.warm_frames,
         "sampling": asdict(request.sampling),
         "seed": options.seed,
         "prefix": str(options.prefix) if options.prefix else None,
@@ -337,8 +353,8 @@ def show_schedule(options: argparse.Namespace, request: Request, config: Config)
     rows, window = rows_of(request, config.model, prefix, ending), window_of(request.sampling)
     sliding = window if isinstance(window, SlidingWindow) else None
     schedule_picture(options.show_schedule, rows, sliding)
-    cached = cache_mode(config.model, request.sampling, ending) == "exact"
-    forwards, everything = frame_forwards(rows, cached, sliding), frame_forwards(rows, cache=False)
+    cached = cache_mode(config.model, request.sampling, prefix - request.warm_frames, ending) == "exact"
+    forwards, everything = cost(request, config.model, prefix, ending), frame_forwards(rows, cache=False)
     how = "cached" if cached else "not cached"
     print(
         f"{options.show_schedule}: {rows.num_rows} rows, {forwards:,} frame-forwards a video ({how}; all frames in all "
@@ -389,9 +405,18 @@ def _sample(
     results = _gathered(program.results, size)
     if rank == 0:
         write_summary(program, results)
-        shutil.rmtree(options.out / "state", ignore_errors=True)
+        if options.save_every:
+            _forget_states(options.out / "state")
         print(f"{len(request.videos)} videos of {request.num_frames} frames and contact_sheet.png in {options.out}")
     return cli.EXIT_OK
+
+
+def _forget_states(folder: Path) -> None:
+    """Remove the saved states of this generation, which is complete."""
+    for path in folder.glob("batch_*.safetensors"):
+        path.unlink()
+    with contextlib.suppress(OSError):  # it is not there, or holds something else
+        folder.rmdir()
 
 
 def _gathered(results: dict[int, dict[str, Any]], size: int) -> dict[int, dict[str, Any]]:

@@ -129,7 +129,12 @@ def test_long_videos_fit_the_window(name, prefix):
     rows = ADRows(500, sampling.num_steps, sampling.gap, sampling.block or config.model.block, prefix)
     if sampling.sliding:
         history = None if sampling.history < 0 else sampling.history
-        SlidingWindow(sampling.sliding, history, sampling.variable, sampling.partition, sampling.lookahead).check(rows)
+        window = SlidingWindow(sampling.sliding, history, sampling.variable, sampling.partition, sampling.lookahead)
+        if prefix and history == 0:
+            with pytest.raises(UserError, match="never shows the 5 given frames"):
+                window.check(rows)
+        else:
+            window.check(rows)
     else:
         assert config.model.mask != "bidirectional"
         assert rows.most_unfinished <= (sampling.window or config.model.num_frames)

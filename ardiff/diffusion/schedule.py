@@ -74,6 +74,11 @@ class Schedule:
         shift = config.flow_shift or resolution_shift(image_size, image_size, num_frames)
         return cls(config.num_timesteps, config.beta_start, config.beta_end, config.prediction, config.process, shift)
 
+    def predicting(self, prediction: str) -> Schedule:
+        """The same process for a network that predicts something else."""
+        betas = self.betas[0].item(), self.betas[-1].item()
+        return Schedule(self.num_timesteps, *betas, prediction, self.process, self.flow_shift)
+
     def scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """data and noise at t [...], on the device and in the dtype of `like`, with axes appended to broadcast.
 
@@ -143,7 +148,7 @@ class Schedule:
         if self.process == "rectified_flow":
             tau = self.warp(levels.double() / num_steps)
             return Grid(tau * self.num_timesteps, self.num_timesteps, 1 - tau, tau)
-        t = ((levels - 1) * (self.num_timesteps // num_steps) + 1).clamp(min=0)
+        t = ((levels - 1) * self.num_timesteps // num_steps + 1).clamp(min=0)  # to the top, whether S divides T or not
         alpha = self.alphas_cumprod[t]
         return Grid(t.clamp(min=1), self.num_timesteps - 1, alpha.sqrt(), (1 - alpha).sqrt())
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ardiff.config import Config
@@ -77,17 +77,23 @@ def class_number(label: str, classes: list[str], config: Config) -> int:
     raise UserError(f"--label {label}: must be a number below {count} or one of {', '.join(classes)}")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a clip is a single frame."""
+    return path.suffix.lower() in PICTURES and path.is_file()
+
+
 def encode_clip(path: Path, num_frames: int, config: Config, decoder: Decoder, option: str, *, end: bool) -> Tensor:
     """The first (`end`: the last) frames of a clip, or a picture, as latents of the model [num_frames, L, C]."""
     size = decoder.image_size
-    if path.suffix.lower() in PICTURES and path.is_file():
+    if is_picture(path):
         if num_frames != 1:
             raise UserError(f"{option} {path}: a picture is one frame, but {num_frames} frames are asked for")
         try:
-            with Image.open(path) as picture:
-                frames = [resize_and_crop(np.asarray(picture.convert("RGB")), size)]
-        except OSError as error:
+            with Image.open(path, formats=("PNG", "JPEG")) as picture:
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{option} {path}: cannot be read as a picture ({error})") from error
+        frames = [resize_and_crop(np.asarray(upright), size)]
     else:
         positions = prefix_positions(path, num_frames, decoder.space, config.data.stride, option)
         if end:

@@ -15,6 +15,7 @@ from ardiff.errors import UserError
 from ardiff.randomness import Stream, hashed, normals
 from ardiff.sampling.guidance import Guidance
 from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow, pinned_levels
+from ardiff.sampling.pictures import frame_forwards
 from ardiff.sampling.rollout import Rollout
 from ardiff.sampling.sampler import Window, build_rollout, collect, conditions_of
 
@@ -29,6 +30,7 @@ class Video:
     prefix: Tensor | None = None  # [P, L, C]: its first frames, as latents of the model
     ending: Tensor | None = None  # [E, L, C]: its last frames
     prompt: str | None = None  # for the record
+    clip: str | None = None  # that its prefix was taken from, for the record
 
     @property
     def shape_key(self) -> tuple[int, int]:
@@ -86,12 +88,12 @@ def window_of(sampling: SamplingConfig) -> Window | None:
     return (sampling.window, sampling.sink) if sampling.window else None
 
 
-def cache_mode(model: ModelConfig, sampling: SamplingConfig, ending: int = 0) -> str:
+def cache_mode(model: ModelConfig, sampling: SamplingConfig, prefix: int = 0, ending: int = 0) -> str:
     """`exact` where finished frames can be cached, else `none`; or what the settings insist on."""
     if sampling.cache != "auto":
         return sampling.cache
     block = 1 if model.mask == "frame_causal" else model.block
-    fits = (sampling.block or model.block) % block == 0
+    fits = (sampling.block or model.block) % block == 0 and prefix % block == 0
     possible = model.mask != "bidirectional" and model.context == "strict" and not sampling.sliding and not ending
     return "exact" if possible and fits else "none"
 
@@ -112,6 +114,12 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
     device = next(network.parameters()).device
     videos = [request.videos[number] for number in numbers]
     prefix, ending = videos[0].shape_key
+    flat = model.architecture == "reference" and model.reference.positions == "flat"
+    if flat and request.num_frames > model.num_frames and not sampling.sliding:
+        raise UserError(
+            f"num_frames = {request.num_frames}: this network has positions for {model.num_frames} frames only; use "
+            f"--sampling.sliding {model.num_frames}"
+        )
     rows = rows_of(request, model, prefix, ending)
     shape = (model.tokens_per_frame, model.in_channels)
 
@@ -122,9 +130,7 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
                 drawn[i, frame] = normals(video.seed, Stream.SAMPLES, first + frame, shape)
         return torch.from_numpy(drawn).to(device)
 
-    if sampling.sliding and sampling.history >= 0 and not sampling.variable and isinstance(rows, ADRows) and rows.gap:
-        rows = replace(rows, num_frames=None)  # the window stays full, with frames after the last that are thrown away
-
+    rows = _kept_full(rows, sampling)
     given = _given(videos, request.num_frames, device)
     return build_rollout(
         network,
@@ -132,7 +138,7 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
         noise,
         Schedule.from_config(config.diffusion, config.vae.image_size, model.num_frames),
         _guidance(network, request, model, videos, device),
-        cache=cache_mode(model, sampling, ending),
+        cache=cache_mode(model, sampling, prefix - request.warm_frames, ending),
         window=window_of(sampling),
         given=given,
         warm=given if request.warm_frames else None,
@@ -141,6 +147,24 @@ def start(network: nn.Module, config: Config, request: Request, numbers: Sequenc
         step_seeds=np.array([video.seed for video in videos], dtype=np.int64),
         length=request.num_frames,
     )
+
+
+def _kept_full(rows: Rows, sampling: SamplingConfig) -> Rows:
+    """Rows without end for a window of fixed length, which then stays full; frames after the last are thrown away."""
+    fixed = sampling.sliding and sampling.history >= 0 and not sampling.variable
+    if fixed and isinstance(rows, ADRows) and rows.gap and (rows.num_frames or 0) > sampling.sliding:
+        return replace(rows, num_frames=None)
+    return rows
+
+
+def cost(request: Request, model: ModelConfig, prefix: int = 0, ending: int = 0) -> int:
+    """Frames that go through the network for one video and guidance branch."""
+    rows, window = rows_of(request, model, prefix, ending), window_of(request.sampling)
+    cached = cache_mode(model, request.sampling, prefix, ending) == "exact"
+    total = rows.num_rows
+    assert total is not None
+    sliding = window if isinstance(window, SlidingWindow) else None
+    return frame_forwards(_kept_full(rows, request.sampling), cached, sliding, total)
 
 
 def generate(

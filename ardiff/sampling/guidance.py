@@ -79,6 +79,9 @@ class Denoiser:
         window: tuple[int, int] | None = None,
         sliding: SlidingWindow | None = None,
     ) -> None:
+        prediction = getattr(model, "prediction", schedule.prediction)  # a published network knows what it predicts
+        if prediction != schedule.prediction:
+            schedule = schedule.predicting(prediction)
         self.model, self.schedule, self.guidance = model, schedule, guidance
         self.window, self.sliding = window, sliding
         self.grid = schedule.grid(num_steps)

@@ -115,7 +115,8 @@ class MatrixRows:
 
     def started(self, row: int) -> int:
         """How many frames, counted from the first, the step from `row` to the next one moves or finds begun."""
-        return int((self.matrix[row + 1] < self.num_steps).nonzero().max()) + 1
+        begun = (self.matrix[row + 1] < self.num_steps).nonzero()
+        return int(begun.max()) + 1 if len(begun) else 0
 
     @property
     def most_unfinished(self) -> int:
@@ -164,10 +165,10 @@ def pinned_levels(num_frames: int, num_steps: int, pinned: Sequence[int]) -> Ten
 class SlidingWindow:
     """What a network sees that takes a limited number of frames and has no cache: positions begin at 0 in it.
 
-    The window ends with the last frame that has begun, or `frames` after the start of the video (`variable`: never
-    before it has begun), and begins `frames` before its end, or `history` finished frames before the first unfinished
-    one. AR-Diffusion's long videos are (16), PA-VDM is (n (K + 1), history n), with or without `variable`, rolling
-    diffusion (W, history = clean frames).
+    The window begins `history` finished frames before the first unfinished one and holds `frames` frames, whether the
+    last have begun or not (`variable`: only those that have). Without a history it stands still until a frame begins
+    beyond its end, and then ends with that frame. AR-Diffusion's long videos are (16), PA-VDM is (n (K + 1), history
+    n), with or without `variable`, rolling diffusion (W, history = clean frames).
 
     partition (FIFO): evaluate the window in pieces of so many frames; lookahead: pieces overlap by half, and each but
     the first counts for its noisier half.
@@ -185,6 +186,11 @@ class SlidingWindow:
         if self.frames < 1 or not 0 <= history < self.frames:
             raise UserError(f"a window of {self.frames} frames cannot hold a history of {history}")
         everything = rows.num_frames or 10**9
+        if isinstance(rows, ADRows) and rows.prefix and self.history == 0:
+            raise UserError(
+                f"a window with history = 0 never shows the {rows.prefix} given frames: give it a history, or "
+                "start from them with --warm_frames"
+            )
         if isinstance(rows, MatrixRows):
             if self.frames < everything:
                 raise UserError(f"a window of {self.frames} of {everything} frames needs the rows of the AD scheduler")
@@ -205,8 +211,8 @@ class SlidingWindow:
 
     def visible(self, rows: Rows, row: int, first_unfinished: int) -> tuple[int, int]:
         """First frame and the one after the last that the step from `row` evaluates."""
-        end = rows.started(row) if self.variable else max(self.frames, rows.started(row))
+        base = 0 if self.history is None else max(0, first_unfinished - self.history)
+        end = rows.started(row) if self.variable else max(base + self.frames, rows.started(row))
         if rows.num_frames is not None:
             end = min(end, rows.num_frames)
-        start = max(0, end - self.frames)
-        return (start if self.history is None else max(start, first_unfinished - self.history)), end
+        return max(base, end - self.frames), end

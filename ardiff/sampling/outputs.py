@@ -47,6 +47,8 @@ class VideoOutput:
             self._mp4 = self._open.enter_context(Mp4Writer(self.folder / f"{self.name}.mp4", *self.size, self.fps))
         if "png" in self.formats:
             (self.folder / self.name).mkdir(exist_ok=True)
+            for old in (self.folder / self.name).glob("frame_*.png"):  # of a longer video
+                old.unlink()
         return self
 
     def add(self, frames: np.ndarray, latents: np.ndarray) -> None:

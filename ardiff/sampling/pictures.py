@@ -56,18 +56,33 @@ def _write_text(image: Image.Image, rows: Rows, window: SlidingWindow | None) ->
     draw.text((4, image.height - MARGIN), f"row {rows.num_rows}", fill=(0, 0, 0))
 
 
-def frame_forwards(rows: Rows, cache: bool, window: SlidingWindow | None = None) -> int:
-    """Frames that go through the network in all rows together, per video and guidance branch."""
-    assert rows.num_rows is not None and rows.num_frames is not None
+def frame_forwards(rows: Rows, cache: bool, window: SlidingWindow | None = None, num_rows: int | None = None) -> int:
+    """Frames that go through the network in all rows (or in so many, of rows without end) together, per video and
+    guidance branch.
+    """
+    total = rows.num_rows if num_rows is None else num_rows
+    assert total is not None
     if window is None and not cache:
-        return rows.num_rows * rows.num_frames
-    total = finished = 0
-    for row in range(rows.num_rows):
-        levels = rows.levels(row, 0, rows.num_frames)
-        unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else rows.num_frames
+        assert rows.num_frames is not None
+        return total * rows.num_frames
+    found = finished = 0
+    for row in range(total):
+        begun = rows.started(row)
+        levels = rows.levels(row, 0, begun)
+        unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else begun
         if window is not None:
             first, end = window.visible(rows, row, unfinished)
+            found += _evaluated(end - first, window)
         else:  # a finished frame goes through once more, in the row after its last
-            first, end, finished = finished, rows.started(row), unfinished
-        total += end - first
-    return total
+            found, finished = found + begun - finished, unfinished
+    return found
+
+
+def _evaluated(num_frames: int, window: SlidingWindow) -> int:
+    """Frames that go through the network for a window of so many, pieces that overlap counted as often as they do."""
+    size = window.partition
+    if not size or num_frames <= size:
+        return num_frames
+    step = size // 2 if window.lookahead else size
+    pieces = (num_frames - size) // step + 1
+    return size * (pieces + (1 if (pieces - 1) * step + size < num_frames else 0))

@@ -63,17 +63,19 @@ class Rollout:
         self.row, self.first, self.num_finished = 0, 0, 0
         self.x = noise(0, 0)
         self.history = History.empty(self.x) if solver.name == "dpmpp" else None
-        self.cache = self._build_cache(block) if cache else None
-        self.warm = warm
+        self.cache = self._build_cache(block, 0 if warm is None else warm.shape[1]) if cache else None
+        self._unsent: Tensor | None = None  # frames that are clean from the start and not handed out yet
         if warm is not None:
             self._start_warm(warm)
+        elif given is not None and isinstance(rows, ADRows):
+            self._unsent, self.num_finished = given[:, : rows.prefix].to(self.x), rows.prefix
 
-    def _build_cache(self, block: int) -> KVCache:
+    def _build_cache(self, block: int, warm_frames: int) -> KVCache:
         window, sink = self.denoiser.window or (0, 0)
         rows, context = self.rows, self.denoiser.guidance.context_tokens
         prefix = rows.prefix if isinstance(rows, ADRows) else int((rows.levels(0, 0, rows.num_frames) == 0).sum())
         live = rows.most_unfinished + 2 * max(block, getattr(rows, "block", 1))  # and those that ride along
-        frames = window + sink + max(live, prefix + live)
+        frames = window + sink + max(prefix, warm_frames) + live
         if not window or (rows.num_frames is not None and frames > rows.num_frames):
             if rows.num_frames is None:
                 raise UserError("a video without end needs a window: window = (frames, sink), else its cache grows")
@@ -95,6 +97,8 @@ class Rollout:
         self.x = torch.where(clean, warm.to(noise), data * warm.to(noise) + share * noise)
         if self.history is not None:
             self.history = History.empty(self.x)
+        self.num_finished = int((levels == 0).sum())
+        self._unsent = self.x[:, : self.num_finished]
 
     @property
     def done(self) -> bool:
@@ -122,7 +126,7 @@ class Rollout:
         self._hold(begin, end)
         before, after = (self.rows.levels(row, self.first, end) for row in (self.row, self.row + 1))
         active = before != after
-        if active.any() or self.cache is not None:
+        if len(before) and (active.any() or self.cache is not None):
             x0 = self.denoiser(self.x, before, active, self.cache)
             self._update(x0, before, after, active)
         self.row += 1
@@ -133,6 +137,10 @@ class Rollout:
                 clean = min(clean, self.length - self.first)
             fresh = self.x[:, self.num_finished - self.first : clean].clone()
             finished, self.num_finished = Finished(self.num_finished, fresh), self.first + clean
+        if self._unsent is not None and self._unsent.shape[1]:
+            parts = [self._unsent] if finished is None else [self._unsent, finished.latents]
+            finished = Finished(0, torch.cat(parts, dim=1))
+        self._unsent = None
         if self.cache is not None:
             kept = int((before > 0).nonzero().min()) if (before > 0).any() else len(before)
             self.cache.keep(kept)
@@ -216,6 +224,7 @@ class Rollout:
         like = self.x
         numbers = state["numbers"].tolist()
         self.row, self.first, self.num_finished = numbers[:3]
+        self._unsent = None
         self.x = state["x"].to(like)
         if self.history is not None:
             self.history = History(state["history.x0"].to(like), state["history.level"])

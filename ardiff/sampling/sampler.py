@@ -98,12 +98,6 @@ def sample_levels(
     pinned = (levels[0] == 0).nonzero()[:, 0].tolist()
     if pinned and (given is None or given.shape[1] != noise.shape[1]):
         raise UserError(f"levels keep the frames {pinned}: give them as a video of {noise.shape[1]} frames")
-    mask = getattr(getattr(model, "config", None), "mask", "bidirectional")
-    if mask != "bidirectional" and pinned and pinned != list(range(len(pinned))):
-        raise UserError(
-            f"frames {pinned} are given, but under a {mask} mask later frames do not reach earlier ones: use a "
-            "bidirectional model, or give the first frames only"
-        )
     conditions = conditions_of(model, noise.shape[0], guidance, label, context, null_context)
     rollout = build_rollout(
         model,
@@ -193,6 +187,8 @@ def build_rollout(
         raise UserError(f"window = {band} must be (frames, sink) with frames >= 1 and sink >= 0")
     if band is not None and config is not None and config.mask == "bidirectional":
         raise UserError(f"window = {band} needs a causal mask; use a SlidingWindow for this bidirectional model")
+    if isinstance(rows, MatrixRows):
+        _check_reach(rows, config)
     if sliding is not None:
         sliding.check(rows)
     elif cache == "none" and rows.num_frames is None:
@@ -212,6 +208,17 @@ def build_rollout(
         block=block,
         length=length,
     )
+
+
+def _check_reach(rows: MatrixRows, config: object) -> None:
+    """Refuse given frames that the others cannot see."""
+    pinned = (rows.matrix[0] == 0).nonzero()[:, 0].tolist()
+    mask = getattr(config, "mask", "bidirectional")
+    if mask != "bidirectional" and pinned != list(range(len(pinned))):
+        raise UserError(
+            f"frames {pinned} are given, but under a {mask} mask later frames do not reach earlier ones: use a "
+            "bidirectional model, or give the first frames only"
+        )
 
 
 def collect(rollout: Rollout, like: Tensor, on_row: Callable[[int, int], None] | None = None) -> Tensor:

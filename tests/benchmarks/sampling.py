@@ -3,8 +3,8 @@
     python -m tests.benchmarks.sampling [--config base] [--batch 8] [--frames 16 128] [--gaps 0 5 10 25 50] [--quick]
 
 Random weights, S = 50 DDIM steps, the same noise for both. Of the recomputing side --rows evenly spaced rows are
-timed (each costs the same: it computes every frame) and scaled up; the cached side is timed whole. That both give the
-same latents is tested in tests/sampling. The paper needs 8.6 GB on a GPU.
+timed (each costs the same: it computes every frame) and scaled up; the cached side is timed whole, or likewise with
+--cached_rows. That both give the same latents is tested in tests/sampling. The paper needs 8.6 GB on a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ardiff.diffusion.schedule import Schedule
 from ardiff.models import DiT
 from ardiff.sampling.guidance import Guidance
 from ardiff.sampling.levels import ADRows
+from ardiff.sampling.pictures import frame_forwards
 from ardiff.sampling.rollout import Rollout
 from ardiff.sampling.sampler import build_rollout
 from tests.benchmarks.common import machine, print_table
@@ -61,27 +62,53 @@ def rollout_of(model: DiT, config: Config, noise: Tensor, gap: int, cache: str) 
     return build_rollout(model, rows, lambda first, n: noise[:, first : first + n], schedule, plain, cache=cache)
 
 
-def cached(model: DiT, config: Config, noise: Tensor, gap: int) -> Timing:
-    """The whole run with the cache."""
+def cached(model: DiT, config: Config, noise: Tensor, gap: int, timed_rows: int | None) -> Timing:
+    """The whole run with the cache, or evenly spaced rows of it, each in the state that it finds in a run."""
     rollout = rollout_of(model, config, noise, gap, "exact")
-    start = time.perf_counter()
-    for _ in rollout:
-        pass
-    return Timing(rollout.denoiser.frame_forwards, time.perf_counter() - start, 1.0)
+    total = rollout.num_rows or 0
+    if timed_rows is None:
+        start = time.perf_counter()
+        for _ in rollout:
+            pass
+        return Timing(rollout.denoiser.frame_forwards, time.perf_counter() - start, 1.0)
+    rows = _spaced(total, timed_rows)
+    seconds = 0.0
+    for row in rows:
+        _put_at(rollout, row)
+        start = time.perf_counter()
+        rollout.step()
+        seconds += time.perf_counter() - start
+    forwards = frame_forwards(rollout.rows, cache=True)
+    return Timing(forwards, seconds * total / len(rows), len(rows) / total)
 
 
 def recomputed(model: DiT, config: Config, noise: Tensor, gap: int, timed_rows: int) -> Timing:
     """Every row computes every frame; only `timed_rows` of them, evenly spaced, are run."""
     rollout = rollout_of(model, config, noise, gap, "none")
-    total = rollout.rows.num_rows or 0
-    count = min(timed_rows, total)
+    total = rollout.num_rows or 0
+    rows = _spaced(total, timed_rows)
     seconds = 0.0
-    for row in (round(i * (total - 1) / max(1, count - 1)) for i in range(count)):
+    for row in rows:
         rollout.row = row
         start = time.perf_counter()
         rollout.step()
         seconds += time.perf_counter() - start
-    return Timing(total * noise.shape[1], seconds * total / count, count / total)
+    return Timing(total * noise.shape[1], seconds * total / len(rows), len(rows) / total)
+
+
+def _spaced(total: int, count: int) -> list[int]:
+    count = min(count, total)
+    return [round(i * (total - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def _put_at(rollout: Rollout, row: int) -> None:
+    """As if the rows before had been run; what the numbers are does not matter for the time."""
+    rows, cache = rollout.rows, rollout.cache
+    assert cache is not None and rows.num_frames is not None
+    rollout.row = row
+    rollout.num_finished = int((rows.levels(row, 0, rows.num_frames) == 0).sum())
+    rollout.first = cache.num_frames = int((rows.levels(max(0, row - 1), 0, rows.num_frames) == 0).sum())
+    rollout.x = rollout.noise(rollout.first, rows.started(row) - rollout.first)
 
 
 def in_own_process(side: str, frames: int, gap: int, options: argparse.Namespace) -> Timing:
@@ -89,6 +116,7 @@ def in_own_process(side: str, frames: int, gap: int, options: argparse.Namespace
     command = [sys.executable, "-m", "tests.benchmarks.sampling", "--side", side, "--config", options.config]
     command += ["--batch", str(options.batch), "--rows", str(options.rows), "--frames", str(frames), "--gaps", str(gap)]
     command += ["--quick"] if options.quick else []
+    command += ["--cached_rows", str(options.cached_rows)] if options.cached_rows else []
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return Timing(**json.loads(printed.splitlines()[-1]))
 
@@ -101,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--gaps", type=int, nargs="+", default=[0, 5, 10, 25, 50])
     parser.add_argument("--rows", type=int, default=20, help="rows of the recomputing side that are timed")
+    parser.add_argument("--cached_rows", type=int, help="time so many rows of the cached side too (default: all)")
     parser.add_argument("--side", choices=("exact", "none"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="a small network and few frames: only to see that it runs")
     options = parser.parse_args(arguments)
@@ -149,7 +178,7 @@ def _run_one_side(options: argparse.Namespace, overrides: Sequence[str]) -> None
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     recomputed(model, config, noise[:, :2], 0, 2)  # warm
     timing = (
-        cached(model, config, noise, gap)
+        cached(model, config, noise, gap, options.cached_rows)
         if options.side == "exact"
         else recomputed(model, config, noise, gap, options.rows)
     )

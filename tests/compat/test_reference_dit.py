@@ -318,6 +318,16 @@ def test_guidance_takes_what_the_network_holds_where_nothing_is_given(stored):
     assert torch.equal(found, expected)
 
 
+def test_sampling_goes_by_what_the_network_says_that_it_predicts():
+    network, (x, _, context) = build(), inputs()
+    options = {"context": context, "cache": "none"}
+    for prediction in ("x0", "eps", "v"):
+        model = network.as_model(prediction)
+        found = sample(model, x, 4, 1, Schedule(), **options)
+        assert torch.equal(found, sample(model, x, 4, 1, Schedule(prediction=prediction), **options))
+    assert not torch.allclose(found, sample(network.as_model("x0"), x, 4, 1, Schedule(), **options))
+
+
 def test_learned_variances_are_left_out_in_sampling():
     network = build(learn_sigma=True)
     x, t, context = inputs()

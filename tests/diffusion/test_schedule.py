@@ -98,6 +98,8 @@ def test_fifty_steps_are_the_references_grid():
         (1000, 999, [999, *range(999, 0, -1)]),
         (1000, 3, [999, 667, 334, 1]),
         (5, 2, [4, 3, 1]),
+        (1000, 48, [999, *(k * 1000 // 48 + 1 for k in range(47, -1, -1))]),
+        (1000, 600, [999, *(k * 1000 // 600 + 1 for k in range(599, -1, -1))]),
     ],
 )
 def test_grids_start_at_the_noisiest_and_end_at_one(num_timesteps, num_steps, expected):

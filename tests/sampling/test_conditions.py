@@ -112,6 +112,13 @@ def test_a_picture_shows_the_levels(tmp_path):
         assert picture.width < 1100 and picture.height < 1100
 
 
+def test_frames_of_a_longer_video_before_do_not_stay(tmp_path):
+    for count in (6, 2):
+        with VideoOutput(tmp_path, "v", ["png"], count, (16, 16), 8) as output:
+            output.add(np.zeros((count, 16, 16, 3), np.uint8), np.zeros((count, 2, 4)))
+        assert len(list((tmp_path / "v").iterdir())) == count
+
+
 @pytest.mark.parametrize(("frames", "gap", "expected"), [(16, 50, 815), (16, 0, 800), (128, 5, 6527)])
 def test_frame_forwards_are_what_is_computed(frames, gap, expected):
     rows = ADRows(frames, 50, gap)

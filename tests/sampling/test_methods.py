@@ -5,8 +5,9 @@ import torch
 from data_helpers import randomize
 
 from ardiff.config import load, presets
+from ardiff.errors import UserError
 from ardiff.models import DiT
-from ardiff.sampling.generate import Request, Video, default_request, generate, rows_of, start, window_of
+from ardiff.sampling.generate import Request, Video, cost, default_request, generate, rows_of, start, window_of
 from ardiff.sampling.levels import SlidingWindow
 
 SMALL = ["model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.tokens_per_frame=2"]
@@ -71,8 +72,10 @@ def test_rolling_sees_w_frames_from_nearly_clean_to_noise():
     seen = shown(network, config, request)
     assert all(len(t) == 16 for _, t in seen)
     first, t = seen[3 * 30]
-    grid = 1000 // 48
-    assert first == 15 and t == [(3 * (frame + 1) - 1) * grid + 1 for frame in range(16)]
+    assert first == 15 and t == [(3 * (frame + 1) - 1) * 1000 // 48 + 1 for frame in range(16)]
+    assert cost(request, config.model) == sum(len(t) for _, t in seen)
+    with pytest.raises(UserError, match="history = 0 never shows the 8 given frames"):
+        start(network, config, Request([Video(1, prefix=torch.randn(8, 2, 4))], 40, config.sampling), [0])
 
 
 def test_fifo_goes_down_a_diagonal_in_pieces_of_a_clip():
@@ -85,8 +88,36 @@ def test_fifo_goes_down_a_diagonal_in_pieces_of_a_clip():
     seen = shown(network, config, request)
     assert {len(t) for _, t in seen} == {16}
     assert len(seen) == 7 * rows.num_rows  # 64 frames in pieces of 16, every 8 frames
+    assert cost(request, config.model) == sum(len(t) for _, t in seen)
     levels = rows.levels(70, 7, 71)
     assert levels.tolist() == list(range(1, 65))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "prefix", "warm"),
+    [
+        ("pavdm", [], 35, 0),
+        ("pavdm", [], 60, 30),
+        ("pavdm", ["sampling.variable=false"], 10, 0),
+        ("ardiff_xl", ["sampling.sliding=16"], 16, 0),
+        ("ardiff_xl", ["sampling.window=16"], 64, 64),
+        ("ardiff_xl", ["sampling.window=8", "sampling.sink=2"], 20, 4),
+        ("fifo", ["sampling.num_steps=32", "sampling.sliding=32"], 40, 40),
+    ],
+)
+def test_prefixes_longer_than_the_window_and_warm_starts(name, overrides, prefix, warm):
+    network, config = prepared(name, *overrides)
+    given = torch.randn(prefix, 2, config.model.in_channels)
+    request = Request([Video(5, prefix=given)], prefix + 20, config.sampling, warm_frames=warm)
+    found = generate(network, config, request)
+    assert torch.isfinite(found).all()
+    assert torch.equal(found[0, : prefix - warm], given[: prefix - warm])
+    request.videos = [Video(5, prefix=given + 1)]
+    assert (generate(network, config, request)[0, prefix:] - found[0, prefix:]).abs().max() > 1e-4
+    if config.model.mask != "bidirectional" and not config.sampling.sliding:
+        recomputed = prepared(name, *overrides, "sampling.cache=none")[1]
+        request = Request([Video(5, prefix=given)], prefix + 20, recomputed.sampling, warm_frames=warm)
+        torch.testing.assert_close(generate(network, recomputed, request), found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["fvdm", "pavdm_causal", "ardiff_xl"])
@@ -100,3 +131,8 @@ def test_given_frames_stay_as_they_are(name):
         request.videos = [Video(5, prefix=given, ending=given)]
         found = generate(network, config, request)
         assert torch.equal(found[0, :block], given) and torch.equal(found[0, -block:], given)
+    elif name == "ardiff_xl":
+        config.sampling.gap = 0
+        request.videos = [Video(5, prefix=given, ending=given)]
+        with pytest.raises(UserError, match="later frames do not reach earlier ones"):
+            generate(network, config, request)

@@ -236,6 +236,15 @@ def test_windows_that_would_lose_frames_are_refused_with_the_arithmetic(settings
         sample(build(), noise_of(frames=9), **options)
 
 
+@pytest.mark.parametrize("cache", ["exact", "none"])
+def test_idle_rows_cost_nothing(cache):
+    levels = torch.tensor([[2, 2], [2, 2], [1, 2], [0, 2], [0, 2], [0, 1], [0, 0]])
+    model, noise = build(), noise_of(frames=2)
+    busy = levels[[1, 2, 3, 5, 6]]
+    found = sample_levels(model, noise, levels, Schedule(), cache=cache)
+    assert_same(found, sample_levels(model, noise, busy, Schedule(), cache=cache), 1e-12)
+
+
 def test_what_a_cache_or_a_mask_cannot_do_is_refused():
     noise, schedule = noise_of(), Schedule()
     with pytest.raises(UserError, match="use cache = 'none'"):

@@ -17,7 +17,6 @@ def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
     if prefix is not None:
         given = prefix.shape[1]
         x[:, :given] = prefix
-    stride = schedule.num_timesteps // num_steps
     steps_done = [num_steps if frame < given else 0 for frame in range(x.shape[1])]
     row = 0
     while min(steps_done) < num_steps:
@@ -25,7 +24,10 @@ def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
         before = list(steps_done)
         for frame in range(given, x.shape[1]):
             steps_done[frame] = min(max(row - gap * (frame // block - given // block), 0), num_steps)
-        times = [schedule.num_timesteps - 1 if k == 0 else (num_steps - k) * stride + 1 for k in steps_done]
+        times = [
+            schedule.num_timesteps - 1 if k == 0 else (num_steps - k) * schedule.num_timesteps // num_steps + 1
+            for k in steps_done
+        ]
         t = torch.tensor(times).expand(len(x), -1)
         with torch.no_grad():
             x0 = schedule.to_x0(model(x, t), x, t)
@@ -33,7 +35,8 @@ def by_the_book(model, x, num_steps, gap, schedule, block=1, prefix=None):
             if k == before[frame]:
                 continue
             alpha = schedule.alphas_cumprod[times[frame]].item()
-            below = schedule.alphas_cumprod[max(times[frame] - stride, 0)].item()
+            after = (num_steps - k - 1) * schedule.num_timesteps // num_steps + 1 if k < num_steps else 0
+            below = schedule.alphas_cumprod[after].item()
             eps = (x[:, frame] / alpha**0.5 - x0[:, frame]) / (1 / alpha - 1) ** 0.5
             x[:, frame] = below**0.5 * x0[:, frame] + (1 - below) ** 0.5 * eps
     return x

@@ -106,12 +106,12 @@ def _finished(timesteps: Tensor, given: Tensor, window: Tensor, settings: Diffus
 def _times(level: Tensor, settings: DiffusionConfig) -> Tensor:
     """Timesteps of levels (real numbers), as `Schedule.grid` labels them in sampling.
 
-    rectified_flow: T level / S. ddpm: (level - 1) (T // S) + 1, rounded.
+    rectified_flow: T level / S. ddpm: floor((level - 1) T / S) + 1, as the sampler's grid.
     """
     total, steps = settings.num_timesteps, settings.staircase.num_steps
     if is_continuous(settings):
         return (level * total / steps).clamp(0, total - 1)
-    return ((level - 1) * (total // steps) + 1).round().long().clamp(0, total - 1)
+    return ((level - 1) * total / steps + 1e-9).floor().long().add(1).clamp(0, total - 1)
 
 
 def _jitter(u: Tensor, num_frames: int, settings: DiffusionConfig) -> Tensor:

@@ -79,7 +79,8 @@ def _dense(shape: FrameMask, device: torch.device) -> Tensor:
     block = frame if shape.mask == "frame_causal" else frame.div(shape.block, rounding_mode="floor")
     if shape.mask == "bidirectional":
         block = torch.zeros_like(block)
-    sink, window = shape.sink // shape.block, shape.window // shape.block
+    size = 1 if shape.mask == "frame_causal" else shape.block
+    sink, window = shape.sink // size, shape.window // size
     block = torch.where(is_context, torch.full_like(block, -1), block)  # every frame reads the context
     allowed = block[None, :] <= block[:, None]
     if shape.window:
