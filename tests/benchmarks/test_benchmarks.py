@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.benchmarks import data_loader, data_preparation, start_and_resume
+from tests.benchmarks import data_loader, data_preparation, sampling, start_and_resume
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -33,6 +33,17 @@ def test_start_and_resume(capsys):
     found = tables(capsys.readouterr().out)
     assert len(found.pop("Start: open_data")) == 4
     assert [len(rows) for rows in found.values()] == [6, 6]
+
+
+@pytest.mark.launcher
+def test_sampling(capsys):
+    assert sampling.main(["--quick", "--cached_rows", "4"]) == 0
+    counts = [row[:4] for row in tables(capsys.readouterr().out)["Sampling"]]
+    # F, s, S F + (F - 1) frame-forwards with the cache (S F at s = 0), (S + s (F - 1)) F without
+    assert counts == [
+        ["4", "0", "200", "200"],
+        ["4", "50", "203", "800"],
+    ]
 
 
 @pytest.mark.launcher

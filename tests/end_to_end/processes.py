@@ -54,7 +54,9 @@ def environment() -> dict[str, str]:
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in hidden}
     path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-    return {**kept, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
+    # Tests run side by side: threads that wait for work must not keep the cores busy.
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE"}
+    return {**kept, **quiet, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:

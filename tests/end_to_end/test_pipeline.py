@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import ROOT, exact, exit_record, free_port, metrics, run
+from processes import ROOT, environment, exact, exit_record, free_port, metrics, run
 
 from ardiff.data.dataset import open_shards
 from ardiff.video import decode
@@ -169,14 +169,16 @@ def test_a_long_video_goes_on_after_a_kill(work, tmp_path):
         "--num_videos",
         "2",
         "--num_frames",
-        "120",
+        "64",
         "--steps",
         "8",
     ]
     sample += ["--gap", "4", "--sampling.window", "6", "--sampling.sink", "1", "--sampling.solver", "dpmpp"]
     saving = [*sample, "--save_every", "8", "--out", str(tmp_path / "killed")]
     state = tmp_path / "killed" / "state" / "batch_000000.safetensors"
-    process = subprocess.Popen([PYTHON, *saving], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [PYTHON, *saving], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and not state.is_file():
         time.sleep(0.02)
     process.kill()
