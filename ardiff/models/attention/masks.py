@@ -82,9 +82,11 @@ def _dense(shape: FrameMask, device: torch.device) -> Tensor:
     size = 1 if shape.mask == "frame_causal" else shape.block
     sink, window = shape.sink // size, shape.window // size
     block = torch.where(is_context, torch.full_like(block, -1), block)  # every frame reads the context
-    allowed = block[None, :] <= block[:, None]
+    query = slice(shape.num_keys - shape.num_queries, None)
+    rows, columns = block[query, None], block[None, :]
+    allowed = columns <= rows
     if shape.window:
-        allowed &= (block[:, None] - block[None, :] < window) | (block[None, :] < sink)
+        allowed &= (rows - columns < window) | (columns < sink)
     if shape.context == "leaky":
-        allowed = allowed | is_context[:, None]
-    return allowed[shape.num_keys - shape.num_queries :].contiguous()
+        allowed |= is_context[query, None]
+    return allowed
