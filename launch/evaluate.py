@@ -89,6 +89,8 @@ def main() -> int:
 
     if options.run is None:
         raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out}: is a folder; name a file such as {options.out / 'evaluation.json'}")
     network, config, space = load_dit(options.run, options.weights)
     request, config = request_of(options, config)
     request.text_tokens, num_videos = space.text_tokens, len(request.videos)

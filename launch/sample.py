@@ -74,7 +74,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this program takes."""
-    parser.add_argument("--seeds", type=int, nargs="+", help="one for each video, as in samples.json")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="one for each video, as in samples.json; classes go by position unless --label says which",
+    )
     parser.add_argument("--label", help="class (name or number) of all videos (default: all classes in turn)")
     parser.add_argument("--text", type=Path, metavar="NPY", help="text features [N, D] of all videos; with --prompts "
                         "a folder with one file for each line, 000000.npy ...")  # fmt: skip
@@ -108,6 +113,8 @@ def request_of(options: argparse.Namespace, config: Config) -> tuple[Request, Co
         value = getattr(options, name, None)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"--{name} {value}: must be a number above 0")
+    if getattr(options, "fps", None) and not 0.01 <= options.fps <= 10_000:
+        raise UserError(f"--fps {options.fps}: must lie between 0.01 and 10000")
     num_steps = options.steps or config.sampling.num_steps
     changes = [f"sampling.num_steps={num_steps}"]
     gap = options.gap if options.gap is not None else min(config.sampling.gap, num_steps)
