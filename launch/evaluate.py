@@ -1,14 +1,24 @@
-"""Measure how close samples are to held-out data: Frechet distance between latents of single frames.
+"""Measure how close samples, or the reconstructions of an AR-VAE, are to held-out data.
 
     python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json
+    python launch/evaluate.py --arvae runs/arvae --data frames/validation --train_data frames \\
+        --sheet sheet.png --out reconstruction.json
 
-For scale, the same distance is given for pure noise, for the untrained network and, with --train_data, for as many
-real training clips (what a perfect model that knows only the training set would reach: not 0, because both sets are
-small and their videos differ).
+Samples are measured by the Frechet distance between latents of single frames. For scale, the same distance is given for
+pure noise, for the untrained network and, with --train_data, for as many real training clips (what a perfect model that
+knows only the training set would reach: not 0, because both sets are small and their videos differ).
+
+Reconstructions are measured by PSNR, SSIM, sharpness, flicker and, with --lpips, LPIPS, as a whole and per video. For
+scale, the same is given for the mean colour of each frame and, with --train_data, for linear codes of as many numbers
+per frame as the AR-VAE has: the principal components of training frames (PCA) and the cosine transform of the frame
+(DCT).
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
@@ -24,13 +35,26 @@ from ardiff.config import Config
 from ardiff.data.dataset import ShardSet, open_shards
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.plan import Plan
+from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
 from ardiff.files import write_json
+from ardiff.metrics.comparison import ARVAE, choose_clips, compare, table
 from ardiff.metrics.frechet import frechet_distance
+from ardiff.metrics.linear_codes import PCA, Code, LargestBlockDCT, MeanColour, random_frames
+from ardiff.metrics.sheet import ORIGINAL, write_sheet
 from ardiff.models import build_dit
+from ardiff.models.lpips import LPIPS, SMALLEST
 from ardiff.randomness import Stream, normals
-from ardiff.training.weights import load_dit
+from ardiff.sampling.decoder import default_device
+from ardiff.training.run_dir import versions
+from ardiff.training.weights import FILES, find_checkpoint, load_arvae, load_dit
 from launch.sample import add_sampling_arguments, generate_with_bar, request_of
+
+ONLY = {  # options that belong to one of the two
+    "run": ("num_videos", "steps", "gap", "guidance", "batch_size", "weights"),
+    "arvae": ("max_frames", "lpips", "sheet"),
+}
+TRAINING_FRAMES = 2048  # that PCA and DCT are fitted on, at most
 
 
 def frame_features(latents: Tensor, space: LatentSpace) -> Tensor:
@@ -73,24 +97,8 @@ def untrained(config: Config) -> torch.nn.Module:
         return build_dit(config.model, config.diffusion.prediction).eval()
 
 
-def main() -> int:
-    """The program."""
-    parser = cli.parser(
-        "Measure how close samples are to held-out data.",
-        "python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json",
-    )
-    add_sampling_arguments(parser)
-    parser.add_argument("--data", required=True, metavar="LATENTS", help="held-out latent shards")
-    parser.add_argument("--train_data", metavar="LATENTS", help="latent shards of training, for scale")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
-    parser.takes_settings = True
-    options, overrides = cli.parse_with_overrides(parser)
-    options.overrides = overrides
-
-    if options.run is None:
-        raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out}: is a folder; name a file such as {options.out / 'evaluation.json'}")
+def evaluate_run(options: argparse.Namespace) -> int:
+    """Samples of a diffusion transformer against held-out latents."""
     network, config, space = load_dit(options.run, options.weights)
     request, config = request_of(options, config)
     request.text_tokens, num_videos = space.text_tokens, len(request.videos)
@@ -121,6 +129,134 @@ def main() -> int:
     settings |= asdict(request.sampling)
     write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
     return cli.EXIT_OK
+
+
+def open_frames(source: str, option: str, image_size: int) -> ShardSet:
+    """Frame shards for an AR-VAE of this frame size. Raises UserError for others."""
+    if is_remote(source):
+        raise UserError(f"{option} {source}: these frames are read from local folders; copy the shards to one")
+    shards = open_shards(source, "frames")
+    size = shards.manifest.details["size"]
+    if size != image_size:
+        raise UserError(
+            f"{option} {source}: frames of {size} x {size}, but the AR-VAE is for {image_size} x {image_size}; "
+            f"shard the videos again with --size {image_size}"
+        )
+    return shards
+
+
+def open_lpips(path: Path | None, image_size: int, device: torch.device) -> LPIPS | None:
+    """LPIPS with the weights of a file, if one is given."""
+    if path is None:
+        return None
+    if image_size < SMALLEST:
+        raise UserError(f"--lpips {path}: frames of {image_size} x {image_size} are too small, {SMALLEST} are needed")
+    try:
+        return LPIPS(path).to(device)
+    except UserError as error:
+        raise UserError(str(error).replace("vae.lpips = ", "--lpips ")) from error
+
+
+def evaluate_arvae(options: argparse.Namespace) -> int:
+    """Reconstructions of held-out frames, beside those of linear codes with as many numbers per frame."""
+    device = default_device()
+    exported = (options.arvae / FILES["ema"]).is_file()
+    source = options.arvae if exported else find_checkpoint(options.arvae)  # a run's newest, for the record
+    network, identity = load_arvae(source)
+    vae = network.config
+    held_out = open_frames(options.data, "--data", vae.image_size)
+    train = open_frames(options.train_data, "--train_data", vae.image_size) if options.train_data else None
+    lpips = open_lpips(options.lpips, vae.image_size, device)
+    codes: dict[str, Code] = {"mean colour": MeanColour()}
+    training_frames = random_frames(train, TRAINING_FRAMES, options.seed) if train is not None else None
+    if training_frames is not None:
+        numbers = vae.num_tokens * vae.channels
+        codes |= {"PCA": PCA.fit(training_frames, numbers), "DCT": LargestBlockDCT.fit(training_frames, numbers)}
+    clips = choose_clips(held_out.frames.tolist(), options.max_frames, options.num_frames)
+    shown = [name for name in (*codes, ARVAE) if name != "mean colour"]
+    with tqdm(unit="frames", desc="reconstructing", disable=None, total=sum(n for _, n in clips)) as bar:
+        found = compare(network.to(device), held_out, clips, codes, lpips, shown if options.sheet else (), bar.update)
+    if not math.isfinite(found.methods[ARVAE]["psnr"]):
+        raise UserError(f"--arvae {options.arvae}: its reconstructions hold numbers that are not finite")
+    print("\n".join(table(found, options.data)))
+    if options.sheet:
+        titles = [ORIGINAL, *(f"{name} {found.methods[name]['numbers']}" for name in shown)]
+        write_sheet(options.sheet, found.rows, titles)
+    settings = {name: getattr(options, name) for name in ("train_data", "max_frames", "num_frames", "seed")}
+    settings["lpips"] = options.lpips and str(options.lpips)
+    settings["training_frames"] = 0 if training_frames is None else len(training_frames)
+    record = {
+        "arvae": {"path": str(source), "id": identity, "tokens": vae.num_tokens, "channels": vae.channels},
+        "data": {"path": options.data, "identity": held_out.identity, "frames": found.frames, "videos": len(clips)},
+        "settings": settings,
+        "methods": found.methods,
+        "videos": found.videos,
+        "latents": found.latents,
+        "frames_per_second": found.frames_per_second,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }
+    write_json(options.out, record)
+    return cli.EXIT_OK
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """See that the options belong together and that results can be written. Raises UserError."""
+    if options.run is None and options.arvae is None:
+        raise UserError("missing --run DIR (a diffusion transformer) or --arvae CHECKPOINT (an AR-VAE); see --help")
+    if options.run is not None and options.arvae is not None:
+        raise UserError("--run and --arvae: evaluate one at a time, each has its own --data")
+    mode, other = ("run", "arvae") if options.arvae is None else ("arvae", "run")
+    given = {word.partition("=")[0] for word in sys.argv[1:]}
+    for name in ONLY[other]:
+        if f"--{name}" in given:
+            raise UserError(f"--{name}: belongs to --{other}, not to --{mode}; leave it out")
+    if mode == "arvae" and options.overrides:
+        raise UserError(f"'{options.overrides[0]}': an AR-VAE is evaluated as it is; settings belong to --run")
+    for name, least in (("max_frames", 1), ("num_frames", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if options.sheet is not None and options.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet {options.sheet}: must be the name of a .png file")
+    for option, path in (("--out", options.out), ("--sheet", options.sheet)):
+        if path is not None:
+            check_writable(option, path)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise UserError where a file cannot be made, before the work that it is for."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {folder} is not a folder that can be written to; choose another place")
+
+
+def main() -> int:
+    """The program."""
+    parser = cli.parser(
+        "Measure how close samples (--run) or an AR-VAE's reconstructions (--arvae) are to held-out data.",
+        "python launch/evaluate.py --run runs/sky --data latents/validation --num_videos 64 --out evaluation.json\n"
+        "  python launch/evaluate.py --arvae runs/arvae --data frames/validation --train_data frames "
+        "--sheet sheet.png --out reconstruction.json",
+    )
+    add_sampling_arguments(parser)
+    parser.add_argument("--arvae", type=Path, metavar="CHECKPOINT", help="instead of --run: an AR-VAE, measured on "
+                        "the first --num_frames of each video (default: all) or fewer, see --max_frames")  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="SHARDS", help="held-out latents; of an AR-VAE: frames")
+    parser.add_argument(
+        "--train_data", metavar="SHARDS", help="the same of training, for scale: of an AR-VAE, to fit PCA and DCT"
+    )
+    parser.add_argument("--max_frames", type=int, metavar="N", help="of an AR-VAE: frames that are measured, at most")
+    parser.add_argument("--lpips", type=Path, metavar="FILE", help="of an AR-VAE: weights of LPIPS, to measure it too")
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="of an AR-VAE: originals beside reconstructions")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results as JSON")
+    parser.takes_settings = True
+    options, overrides = cli.parse_with_overrides(parser)
+    options.overrides = overrides
+    check_options(options)
+    return evaluate_run(options) if options.arvae is None else evaluate_arvae(options)
 
 
 if __name__ == "__main__":
