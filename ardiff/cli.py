@@ -217,11 +217,15 @@ def parse_with_overrides(arguments: argparse.ArgumentParser) -> tuple[argparse.N
     """Parse the command line; what the parser does not know are overrides of a configuration, returned as words."""
     assert isinstance(arguments, Parser)
     options, overrides = arguments.parse_known_args()
+    named = False  # by the word before: this one is the value of a setting
     for word in overrides:
-        name = word.partition("=")[0]
+        name, equals, _ = word.partition("=")
         nearest = arguments.nearest_to(name) if name.startswith("--") and "." not in name else None
         if nearest:  # settings have a dot, so this is a mistyped option
-            raise UserError(f"unknown option '{name}'; did you mean '{nearest}'?")
+            raise _same_on_all_ranks(f"unknown option '{name}'; did you mean '{nearest}'?")
+        if not (named or equals or name.startswith("--")):
+            raise _same_on_all_ranks(f"unexpected argument '{word}'; see --help")
+        named = name.startswith("--") and not equals
     return options, overrides
 
 

@@ -55,7 +55,10 @@ class ADRows:
 
     def levels(self, row: int, first: int, last: int) -> Tensor:
         """Levels [last - first] (int64) of frames first .. last - 1 in a row."""
-        frame = torch.arange(first, last)
+        return self.levels_of(row, torch.arange(first, last))
+
+    def levels_of(self, row: int, frame: Tensor) -> Tensor:
+        """Levels [n] (int64) of any frames [n] in a row."""
         waiting = (frame // self.block - self.prefix // self.block) * self.gap
         return (self.num_steps - row + waiting).clamp(0, self.num_steps).masked_fill(frame < self.prefix, 0)
 
@@ -65,6 +68,16 @@ class ADRows:
             assert self.num_frames is not None
             return self.num_frames
         frames = (self.prefix // self.block + row // self.gap + 1) * self.block
+        return frames if self.num_frames is None else min(frames, self.num_frames)
+
+    def finished(self, row: int) -> int:
+        """How many frames, counted from the first, are clean in a row."""
+        if row < self.num_steps:
+            return self.prefix
+        if self.gap == 0:
+            assert self.num_frames is not None
+            return self.num_frames
+        frames = (self.prefix // self.block + (row - self.num_steps) // self.gap + 1) * self.block
         return frames if self.num_frames is None else min(frames, self.num_frames)
 
     @property
@@ -113,10 +126,19 @@ class MatrixRows:
         """Levels [last - first] of frames first .. last - 1 in a row."""
         return self.matrix[row, first:last]
 
+    def levels_of(self, row: int, frame: Tensor) -> Tensor:
+        """Levels [n] of any frames [n] in a row."""
+        return self.matrix[row, frame]
+
     def started(self, row: int) -> int:
         """How many frames, counted from the first, the step from `row` to the next one moves or finds begun."""
         begun = (self.matrix[row + 1] < self.num_steps).nonzero()
         return int(begun.max()) + 1 if len(begun) else 0
+
+    def finished(self, row: int) -> int:
+        """How many frames, counted from the first, are clean in a row."""
+        unfinished = self.matrix[row].nonzero()
+        return int(unfinished.min()) if len(unfinished) else self.num_frames
 
     @property
     def most_unfinished(self) -> int:

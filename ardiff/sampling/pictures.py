@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ardiff.files import replacing
@@ -23,16 +24,15 @@ def schedule_picture(path: Path, rows: Rows, window: SlidingWindow | None = None
     shown_frames = np.unique(np.linspace(0, num_frames - 1, min(num_frames, MOST_CELLS)).round().astype(int))
     width, height = max(1, 640 // len(shown_frames)), max(1, 640 // len(shown_rows))
     cells = np.empty((len(shown_rows), len(shown_frames), 3))
-    prefix = (rows.levels(0, 0, num_frames) == 0).numpy()[shown_frames]
+    frames = torch.from_numpy(shown_frames)
+    prefix = (rows.levels_of(0, frames) == 0).numpy()
     hidden = np.zeros(cells.shape[:2], dtype=bool)
     for i, row in enumerate(shown_rows.tolist()):
-        levels = rows.levels(row, 0, num_frames)
-        share = (levels.double() / rows.num_steps).numpy()[shown_frames, None]
+        share = (rows.levels_of(row, frames).double() / rows.num_steps).numpy()[:, None]
         cells[i] = share * NOISE + (1 - share) * CLEAN
         cells[i, prefix] = GIVEN
         if window is not None and row < num_rows:
-            unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else num_frames
-            first, end = window.visible(rows, row, unfinished)
+            first, end = window.visible(rows, row, rows.finished(row))
             hidden[i] = (shown_frames < first) | (shown_frames >= end)
     cells[hidden] = 0.35 * cells[hidden] + 0.65 * 128
     picture = cells.round().astype(np.uint8).repeat(height, axis=0).repeat(width, axis=1)
@@ -65,17 +65,21 @@ def frame_forwards(rows: Rows, cache: bool, window: SlidingWindow | None = None,
     if window is None and not cache:
         assert rows.num_frames is not None
         return total * rows.num_frames
-    found = finished = 0
-    for row in range(total):
-        begun = rows.started(row)
-        levels = rows.levels(row, 0, begun)
-        unfinished = int((levels > 0).nonzero().min()) if (levels > 0).any() else begun
+
+    def in_row(row: int) -> int:
         if window is not None:
-            first, end = window.visible(rows, row, unfinished)
-            found += _evaluated(end - first, window)
-        else:  # a finished frame goes through once more, in the row after its last
-            found, finished = found + begun - finished, unfinished
-    return found
+            first, end = window.visible(rows, row, rows.finished(row))
+            return _evaluated(end - first, window)
+        # a finished frame goes through once more, in the row after its last
+        return rows.started(row) - (rows.finished(row - 1) if row else 0)
+
+    if isinstance(rows, MatrixRows) or rows.gap == 0:
+        return sum(map(in_row, range(total)))
+    # Between its beginning and its end a video repeats itself every `gap` rows, a block further on.
+    edge = rows.num_steps + rows.gap * (2 + (window.frames // rows.block if window is not None else 0))
+    periods = max(0, total - 2 * edge) // rows.gap
+    ends = (*range(min(edge, total)), *range(edge + periods * rows.gap, total))
+    return sum(map(in_row, ends)) + periods * sum(map(in_row, range(edge, edge + rows.gap)))
 
 
 def _evaluated(num_frames: int, window: SlidingWindow) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -15,7 +16,23 @@ from ardiff.sampling.levels import ADRows, MatrixRows, Rows, SlidingWindow
 from ardiff.sampling.rollout import Finished, Noise, Rollout, check_cache
 from ardiff.sampling.solvers import Solver
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Window = tuple[int, int] | SlidingWindow
+
+
+class Options(TypedDict, total=False):
+    """What `sample`, `sample_levels` and `stream` take alike; `sample` explains it."""
+
+    guidance: float
+    label: Tensor | None
+    context: Tensor | None
+    null_context: Tensor | None
+    window: Window | None
+    generator: torch.Generator | None
+    solver: str
+    eta: float
 
 
 @torch.no_grad()
@@ -51,19 +68,21 @@ def sample(
     Raises UserError for settings that cannot be sampled exactly.
     """
     rows = ADRows(noise.shape[1], num_steps, gap, block, 0 if prefix is None else prefix.shape[1])
-    conditions = conditions_of(model, noise.shape[0], guidance, label, context, null_context)
-    rollout = build_rollout(
+    rollout = _rollout(
         model,
         rows,
-        lambda first, count: noise[:, first : first + count],
+        _frames_of(noise),
         schedule,
-        conditions,
-        cache=cache,
+        cache,
+        prefix,
+        guidance=guidance,
+        label=label,
+        context=context,
+        null_context=null_context,
         window=window,
-        given=prefix,
+        generator=generator,
         solver=solver,
         eta=eta,
-        step_seeds=_seeds(noise.shape[0], generator) if eta else None,
     )
     return collect(rollout, noise, on_row)
 
@@ -76,16 +95,9 @@ def sample_levels(
     schedule: Schedule,
     *,
     given: Tensor | None = None,
-    guidance: float = 1.0,
-    label: Tensor | None = None,
-    context: Tensor | None = None,
-    null_context: Tensor | None = None,
     cache: str = "none",
-    window: tuple[int, int] | None = None,
-    generator: torch.Generator | None = None,
-    solver: str = "ddim",
-    eta: float = 0.0,
     on_row: Callable[[int, int], None] | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """As `sample`, along any level matrix [rows + 1, F]: interpolation, image to video, pyramids.
 
@@ -98,20 +110,7 @@ def sample_levels(
     pinned = (levels[0] == 0).nonzero()[:, 0].tolist()
     if pinned and (given is None or given.shape[1] != noise.shape[1]):
         raise UserError(f"levels keep the frames {pinned}: give them as a video of {noise.shape[1]} frames")
-    conditions = conditions_of(model, noise.shape[0], guidance, label, context, null_context)
-    rollout = build_rollout(
-        model,
-        rows,
-        lambda first, count: noise[:, first : first + count],
-        schedule,
-        conditions,
-        cache=cache,
-        window=window,
-        given=given,
-        solver=solver,
-        eta=eta,
-        step_seeds=_seeds(noise.shape[0], generator) if eta else None,
-    )
+    rollout = _rollout(model, rows, _frames_of(noise), schedule, cache, given, **options)
     return collect(rollout, noise, on_row)
 
 
@@ -123,17 +122,10 @@ def stream(
     schedule: Schedule,
     *,
     num_frames: int | None = None,
-    guidance: float = 1.0,
-    label: Tensor | None = None,
-    context: Tensor | None = None,
-    null_context: Tensor | None = None,
     cache: str = "exact",
-    window: Window | None = None,
     block: int = 1,
     prefix: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    solver: str = "ddim",
-    eta: float = 0.0,
+    **options: Unpack[Options],
 ) -> Iterator[Finished]:
     """As `sample`, but yields frames (first, latents [B, n, L, C]) in order, as soon as they are final.
 
@@ -141,21 +133,44 @@ def stream(
     window; what is held does not grow then.
     """
     rows = ADRows(num_frames, num_steps, gap, block, 0 if prefix is None else prefix.shape[1])
+    return iter(_rollout(model, rows, noise, schedule, cache, prefix, **options))
+
+
+def _frames_of(noise: Tensor) -> Noise:
+    """All noise [B, F, L, C] of the videos, to be asked for frames."""
+    return lambda first, count: noise[:, first : first + count]
+
+
+def _rollout(
+    model: Model,
+    rows: Rows,
+    noise: Noise,
+    schedule: Schedule,
+    cache: str,
+    given: Tensor | None,
+    *,
+    guidance: float = 1.0,
+    label: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    window: Window | None = None,
+    generator: torch.Generator | None = None,
+    solver: str = "ddim",
+    eta: float = 0.0,
+) -> Rollout:
     batch = noise(0, 0).shape[0]
-    return iter(
-        build_rollout(
-            model,
-            rows,
-            noise,
-            schedule,
-            conditions_of(model, batch, guidance, label, context, null_context),
-            cache=cache,
-            window=window,
-            given=prefix,
-            solver=solver,
-            eta=eta,
-            step_seeds=_seeds(batch, generator) if eta else None,
-        )
+    return build_rollout(
+        model,
+        rows,
+        noise,
+        schedule,
+        conditions_of(model, batch, guidance, label, context, null_context),
+        cache=cache,
+        window=window,
+        given=given,
+        solver=solver,
+        eta=eta,
+        step_seeds=_seeds(batch, generator) if eta else None,
     )
 
 

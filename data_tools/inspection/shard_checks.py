@@ -148,29 +148,42 @@ def problems_of(tar: Path, group: list[Member], faults: list[Fault]) -> list[Pro
     return [Problem(str(tar), fault.reason, offsets.get(fault.member, first), group[0].key) for fault in faults]
 
 
+def read_checked(
+    job: ShardJob, problems: list[Problem], report: Callable[[Any], None], passes: int = 1, decode: bool = True
+) -> Iterator[tuple[list[Member], dict[str, bytes], Checked | None]]:
+    """Every sample of a tar: its members, their content, and what was made out about it.
+
+    The faults of a sample go to `problems`, and it comes with None. Reports a share of 1 / passes of the bytes as
+    BytesDone. Raises ShardError where the tar cannot be read on, and OSError.
+    """
+    reported, seen = 0, set[str]()
+    with job.tar.open("rb") as stream:
+        for group in read_groups(stream, job.tar):
+            fault = group_fault(group, seen)
+            seen.add(group[0].key)
+            members: dict[str, bytes] = {}
+            checked = None
+            if fault is None:
+                members = read_group(stream, group, job.tar)
+                checked = check_sample(group[0].key, members, job.rules, decode)
+            faults = [fault] if fault else checked.faults if checked else []
+            problems += problems_of(job.tar, group, faults)
+            yield group, members, None if faults else checked
+            end = group[-1].offset + group[-1].size
+            if end - reported >= REPORT_EVERY:
+                report(BytesDone((end - reported) // passes))
+                reported = end
+
+
 def _check_content(job: ShardJob, comparison: Comparison, result: ShardReport, report: Callable[[Any], None]) -> None:
     """Read the tar to its end, or as far as it can be read."""
     moments = Moments(job.rules.channels)
-    count, reported, seen = 0, 0, set[str]()
-    before = len(result.problems)
+    count, before = 0, len(result.problems)
     try:
-        with job.tar.open("rb") as stream:
-            for group in read_groups(stream, job.tar):
-                fault = group_fault(group, seen)
-                seen.add(group[0].key)
-                if fault:
-                    result.problems += problems_of(job.tar, group, [fault])
-                else:
-                    members = read_group(stream, group, job.tar)
-                    checked = check_sample(group[0].key, members, job.rules)
-                    result.problems += problems_of(job.tar, group, checked.faults)
-                    if not checked.faults and comparison.passes(count, group, rows_of(count, group, members, checked)):
-                        _take_in(group[0].key, checked, result, moments)
-                count += 1
-                end = group[-1].offset + group[-1].size
-                if end - reported >= REPORT_EVERY:
-                    report(BytesDone((end - reported) // PASSES))
-                    reported = end
+        for group, members, checked in read_checked(job, result.problems, report, PASSES):
+            if checked and comparison.passes(count, group, rows_of(count, group, members, checked)):
+                _take_in(group[0].key, checked, result, moments)
+            count += 1
         result.problems += comparison.result(count)
         if len(result.problems) == before:
             result.problems += _count_problems(job, count, result.frames, moments)

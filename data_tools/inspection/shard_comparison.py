@@ -17,7 +17,7 @@ from ardiff.data.shards import Manifest
 from ardiff.data.tar import ShardError
 from data_tools.common import plural
 from data_tools.inspection.index_checks import check_index
-from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, open_parts, printable
+from data_tools.inspection.shard_folders import Part, Problem, ShardJob, jobs_of, open_parts, printable
 from data_tools.inspection.shard_listing import read_descriptions
 from data_tools.inspection.shard_workers import for_each_shard
 
@@ -99,7 +99,7 @@ def compare(source: str, other: str, workers: int = 0, timeout: float = 600) -> 
     ours = {part.name: part for part in open_parts(source)}
     theirs = {part.name: part for part in open_parts(other)}
     parts = [*ours.values(), *theirs.values()]
-    jobs = [ShardJob(part.folder, entry, Rules.of(part.manifest)) for part in parts for entry in part.chosen]
+    jobs = jobs_of(parts)
     problems: list[Problem] = []
     videos: list[list[Video]] = [[] for _ in jobs]
     sizes = [job.entry.bytes for job in jobs]

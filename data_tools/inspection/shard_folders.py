@@ -126,6 +126,11 @@ class ShardJob:
         return self.tar.with_suffix(".done.json")
 
 
+def jobs_of(parts: Sequence[Part], fast: bool = False) -> list[ShardJob]:
+    """All chosen shards, part by part."""
+    return [ShardJob(part.folder, entry, Rules.of(part.manifest), fast) for part in parts for entry in part.chosen]
+
+
 def printable(text: str) -> str:
     """`text` on one line and without control characters: names and descriptions in shards may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -20,7 +20,7 @@ from data_tools.inspection.shard_listing import Described, sample_row
 
 COLUMNS = 16  # frames shown of a video, the first and the last among them
 
-Decode = Callable[[np.ndarray], np.ndarray]
+Decode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # latents of a video, places -> its frames there
 
 
 @dataclass
@@ -106,7 +106,7 @@ def _frames(checked: Checked, members: dict[str, bytes], rules: Rules, decode: D
     """Up to COLUMNS frames of a video, evenly spread: uint8 [F, H, W, 3]."""
     places = np.linspace(0, checked.frames - 1, min(checked.frames, COLUMNS)).round().astype(int)
     if decode is not None:
-        return decode(checked.arrays[LATENTS_MEMBER][places])
+        return decode(checked.arrays[LATENTS_MEMBER], places)
     return np.stack([decode_picture(members[checked.pictures[place]], rules.size) for place in places])
 
 
@@ -118,4 +118,4 @@ def _decoder(part: Part, arvae: Path | None) -> Decode:
     from ardiff.sampling.decoder import Decoder
 
     decoder = Decoder(LatentSpace.of(part.manifest, "none"), arvae)
-    return lambda latents: decoder.decode(torch.from_numpy(latents.astype(np.float32))[None])[0]
+    return lambda latents, places: decoder.pick(torch.from_numpy(latents.astype(np.float32)), places.tolist())

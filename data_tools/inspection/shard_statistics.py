@@ -13,11 +13,11 @@ import numpy as np
 from ardiff.data.shards import LATENTS_MEMBER, Moments
 from ardiff.data.tar import ShardError
 from data_tools.common import plural
-from data_tools.inspection.sample_checks import Checked, add_latents, check_sample, chunks, decode_picture
-from data_tools.inspection.shard_checks import group_fault, problems_of, read_group, read_groups
-from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, printable, rate_of, total
+from data_tools.inspection.sample_checks import Checked, add_latents, chunks, decode_picture
+from data_tools.inspection.shard_checks import read_checked
+from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, jobs_of, printable, rate_of, total
 from data_tools.inspection.shard_listing import describe_classes, duration
-from data_tools.inspection.shard_workers import REPORT_EVERY, BytesDone, for_each_shard
+from data_tools.inspection.shard_workers import for_each_shard
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 DEAD = 1e-3  # a channel whose std is a smaller share of the largest says nothing
@@ -85,7 +85,7 @@ def statistics(parts: Sequence[Part], workers: int = 0, timeout: float = 600) ->
 
     `workers` and `timeout` as in `for_each_shard`.
     """
-    jobs = [ShardJob(part.folder, entry, Rules.of(part.manifest)) for part in parts for entry in part.chosen]
+    jobs = jobs_of(parts)
     numbers = [ShardNumbers() for _ in jobs]
     sizes = [job.entry.bytes for job in jobs]
     for outcome in for_each_shard(count_shard, jobs, sizes, workers, timeout, "reading"):
@@ -105,30 +105,17 @@ def count_shard(job: ShardJob, report: Callable[[Any], None]) -> None:
     """Count what is in one shard, reporting BytesDone and at the end ShardNumbers."""
     result, moments = ShardNumbers(), Moments(job.rules.channels)
     step = max(1, job.entry.frames // PICTURES_PER_SHARD)
-    seen, reported, pictures = set[str](), 0, 0
+    pictures = 0
     try:
-        with job.tar.open("rb") as stream:
-            for group in read_groups(stream, job.tar):
-                fault = group_fault(group, seen)
-                seen.add(group[0].key)
-                if fault:
-                    result.problems += problems_of(job.tar, group, [fault])
-                    continue
-                members = read_group(stream, group, job.tar)
-                checked = check_sample(group[0].key, members, job.rules, decode=False)
-                if checked.faults:
-                    result.problems += problems_of(job.tar, group, checked.faults)
-                    continue
-                _count(checked, job.rules, result, moments)
-                for name in checked.pictures:
-                    result.picture_bytes.append(len(members[name]))
-                    if pictures % step == 0:
-                        _look_at(members[name], job, group[0].key, result)
-                    pictures += 1
-                end = group[-1].offset + group[-1].size
-                if end - reported >= REPORT_EVERY:
-                    report(BytesDone(end - reported))
-                    reported = end
+        for group, members, checked in read_checked(job, result.problems, report, decode=False):
+            if checked is None:
+                continue
+            _count(checked, job.rules, result, moments)
+            for name in checked.pictures:
+                result.picture_bytes.append(len(members[name]))
+                if pictures % step == 0:
+                    _look_at(members[name], job, group[0].key, result)
+                pictures += 1
     except ShardError as error:
         result.problems.append(Problem.of(error))
     except OSError as error:

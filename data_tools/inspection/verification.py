@@ -15,7 +15,7 @@ import numpy as np
 from ardiff.data.shards import Moments
 from ardiff.errors import UserError
 from data_tools.inspection.shard_checks import ShardReport, check_shard
-from data_tools.inspection.shard_folders import Part, Problem, Rules, ShardJob, locate, open_part
+from data_tools.inspection.shard_folders import Part, Problem, ShardJob, jobs_of, locate, open_part
 from data_tools.inspection.shard_workers import for_each_shard
 
 # mean and deviation as computed from sums in another order, as shares of the root mean square
@@ -71,9 +71,7 @@ def verify(source: str, fast: bool = False, workers: int = 0, timeout: float = 6
             result.problems.append(Problem(str(place.file), str(error).removeprefix(f"{place.file}: ")))
         if place.chosen is None:
             result.problems += leftovers(place.file.parent, part)
-    jobs = [
-        ShardJob(part.folder, entry, Rules.of(part.manifest), fast) for part in result.parts for entry in part.chosen
-    ]
+    jobs = jobs_of(result.parts, fast)
     reports = run_checks(jobs, workers, timeout)
     for report in reports:
         result.problems += report.problems

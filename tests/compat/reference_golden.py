@@ -13,6 +13,13 @@ from torch import Tensor
 DITS = ("dit_vtattn_sharenorm", "dit_tattn_separatenorm", "dit_vtattn_rope_qknorm")
 ARVAES = ("arvae_frame_l2", "arvae_temporal_l2")
 NETWORK = "diffusion_model.model."
+SMALL_ARVAE = {  # constructor arguments; small where the fixture `small_networks` is
+    "image_size": 32,
+    "token_size": 4,
+    "vit_enc_model_size": "small",
+    "vit_dec_model_size": "small",
+    "num_latent_tokens": 6,
+}
 
 
 def rebuilt(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -2,34 +2,25 @@
 
 import pytest
 import torch
-from reference_golden import ARVAES, case, like, worst
+from reference_golden import ARVAES, SMALL_ARVAE, case, like, worst
 from torch.nn import functional as F
 
 from ardiff.compat.reference import ReferenceARVAE, load_arvae, pixels, to_reference
 from ardiff.compat.reference.arvae import Encoder
-from ardiff.compat.reference.options import VIT_SIZES, vae_arguments, vae_config
+from ardiff.compat.reference.options import vae_arguments, vae_config
 from ardiff.compat.reference.settings import arvae_arguments
 from ardiff.errors import UserError
 
-SMALL = {
-    "image_size": 32,
-    "token_size": 4,
-    "vit_enc_model_size": "small",
-    "vit_dec_model_size": "small",
-    "num_latent_tokens": 6,
-}
-
-
-@pytest.fixture
-def small_networks(monkeypatch):
-    """Networks of a few thousand parameters under the name of the small ones."""
-    monkeypatch.setitem(VIT_SIZES, "small", (2, 32, 2))
-    monkeypatch.setattr(pixels, "WIDTH", 32)
-
 
 def build(**options):
-    arguments = SMALL | options
+    arguments = SMALL_ARVAE | options
     return load_arvae(like(ReferenceARVAE(vae_config(arguments))), arguments)
+
+
+def assert_same_weights(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("name", ARVAES)
@@ -112,22 +103,22 @@ def test_export_and_import_give_the_same_bits(prefix, temporal, small_networks):
     assert all(name.startswith(prefix) for name in found)
     again = load_arvae(found, vae_arguments(network.config))
     assert again.config == network.config
-    first, second = network.state_dict(), again.state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_weights(again, network)
 
 
 def test_a_dit_file_yields_its_auto_encoder(small_networks):
-    found = to_reference(build(), "module.vae.")
+    network = build()
+    found = to_reference(network, "module.vae.")
     found["module.diffusion_model.model.x_embedder.weight"] = torch.zeros(1)
     found["module.context_emb"] = torch.zeros(1)
-    load_arvae(found, SMALL)
+    assert_same_weights(load_arvae(found, SMALL_ARVAE), network)
 
 
 def test_codebooks_of_the_initial_file_are_understood(small_networks):
-    found = to_reference(build())
+    network = build()
+    found = to_reference(network)
     found |= {"quantize.embedding.weight": torch.zeros(2), "pixel_quantize.embedding.weight": torch.zeros(2)}
-    load_arvae(found, SMALL)
+    assert_same_weights(load_arvae(found, SMALL_ARVAE), network)
 
 
 def test_missing_unexpected_and_misshapen_names_are_listed(small_networks):
@@ -136,7 +127,7 @@ def test_missing_unexpected_and_misshapen_names_are_listed(small_networks):
     found["decoder.extra"] = torch.zeros(1)
     found["pixel_decoder.conv_out.bias"] = torch.zeros(4)
     with pytest.raises(UserError) as caught:
-        load_arvae(found, SMALL)
+        load_arvae(found, SMALL_ARVAE)
     text = str(caught.value)
     assert "2 missing: encoder.ln_pre.bias, latent_tokens" in text
     assert "1 unexpected: decoder.extra" in text
@@ -146,7 +137,7 @@ def test_missing_unexpected_and_misshapen_names_are_listed(small_networks):
 
 def test_a_temporal_checkpoint_is_not_taken_for_a_per_frame_one(small_networks):
     with pytest.raises(UserError, match=r"unexpected: decoder\.coarse_temporal_blocks"):
-        load_arvae(to_reference(build(num_frame=16)), SMALL)
+        load_arvae(to_reference(build(num_frame=16)), SMALL_ARVAE)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +151,12 @@ def test_a_temporal_checkpoint_is_not_taken_for_a_per_frame_one(small_networks):
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        vae_config(SMALL | arguments)
+        vae_config(SMALL_ARVAE | arguments)
 
 
 @pytest.mark.parametrize("temporal", [{}, {"num_frame": 16}], ids=["per frame", "temporal"])
 def test_shapes_tell_the_arguments(temporal, small_networks):
-    arguments = SMALL | {"vit_enc_patch_size": 8} | temporal
+    arguments = SMALL_ARVAE | {"vit_enc_patch_size": 8} | temporal
     found = arvae_arguments(to_reference(build(**arguments), "module."), None)
     assert vae_config(found) == vae_config(arguments)
     with pytest.raises(UserError, match="not the weights of a published AR-VAE"):

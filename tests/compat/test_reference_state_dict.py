@@ -8,7 +8,7 @@ import torch
 from reference_golden import DITS, NETWORK, case, rebuilt, worst
 from safetensors.torch import save_file
 
-from ardiff.compat.reference import detect_schedule, load_dit, read_checkpoint, to_reference
+from ardiff.compat.reference import ReferenceDiT, detect_schedule, load_dit, read_checkpoint, to_reference
 from ardiff.compat.reference.dit import sincos_table
 from ardiff.compat.reference.export import process_buffers
 from ardiff.compat.reference.options import model_arguments, model_config
@@ -108,9 +108,15 @@ def test_weights_of_another_configuration_are_refused(name, change, unexpected):
 
 
 def test_an_empty_state_dict_misses_everything_but_the_tables():
+    """All names of a deep network, however many."""
     with pytest.raises(UserError, match=r"missing: blocks\.0\.adaLN") as caught:
-        load_dit({}, case(FLAT)[1])
-    assert "pos_embed" not in str(caught.value)
+        load_dit({}, case(FLAT)[1] | {"depth": 28})
+    text = str(caught.value)
+    with torch.device("meta"):
+        network = ReferenceDiT(model_config(case(FLAT)[1] | {"depth": 28}))
+    names = dict(network.named_parameters()).keys()
+    assert len(names) > 200 and f"{len(names)} missing: {', '.join(sorted(names))}" in text
+    assert "pos_embed" not in text and "\n" not in text
 
 
 def test_two_networks_in_one_file_are_refused():
@@ -233,12 +239,22 @@ def test_pickles_are_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tensor", None])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "an empty file; copy or download the checkpoint again"),
+        (b"not a tensor", r"a damaged checkpoint \(\S.*\); copy or download|no checkpoint \(UnpicklingError\)"),
+        (None, "no such file"),
+        ("folder", r"is a folder; name the checkpoint in it, such as .*/model\.safetensors"),
+    ],
+)
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_damaged_and_absent_files_are_refused(name, content, tmp_path):
-    if content is not None:
+def test_damaged_and_absent_files_are_refused(name, content, message, tmp_path):
+    if content == "folder":
+        (tmp_path / name).mkdir()
+    elif content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"{name}: .*({message})"):
         read_checkpoint(tmp_path / name)
 
 

@@ -100,6 +100,9 @@ def test_overrides_are_no_mistyped_options(monkeypatch):
         (["--run_dir", "r", "--resum", "none"], "unknown option '--resum'; did you mean '--resume'?"),
         (["--run_dir", "r", "--resume", "no"], "--resume no: must be one of auto, none; did you mean 'none'?"),
         (["--run_dir", "r", "--train.max_step", "7"], "did you mean 'train.max_steps'?"),
+        (["--run_dir", "r", "--train.max_steps", "7", "8"], "unexpected argument '8'; see --help"),
+        (["--run_dir", "r", "data.tar", "--train.max_steps=7"], "unexpected argument 'data.tar'; see --help"),
+        (["--run_dir", "r", "--train.max_steps", "--train.seed=1"], "'--train.max_steps' needs a value"),
     ],
 )
 def test_mistakes_beside_overrides(monkeypatch, words, message):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import CLASSES, LENGTHS, all_latents, decoded, picture, write_frames, write_latents
-from mutations.sets import reseal, samples_of, write_frame_set, write_latent_set
+from mutations.sets import change, reseal, samples_of, write_frame_set, write_latent_set
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -29,12 +29,6 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     code = main([str(argument) for argument in arguments])
     output = capsys.readouterr()
     return code, output.out, output.err
-
-
-def change(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(bytes(data))
 
 
 @pytest.fixture

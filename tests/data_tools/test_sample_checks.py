@@ -3,14 +3,12 @@
 import io
 import json
 import re
-import tarfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from mutations.sets import describe, reseal, write_frame_set, write_latent_set
-from mutations.target import make_tar, npy
+from mutations.sets import describe, members_of, sealed
+from mutations.target import npy
 from PIL import Image
 
 from ardiff.data.shards import read_manifest
@@ -19,31 +17,8 @@ from data_tools.inspection.sample_checks import decode_picture, parse_descriptio
 from data_tools.inspection.verification import verify
 
 
-@pytest.fixture
-def latents(tmp_path) -> Path:
-    write_latent_set(tmp_path / "latents")
-    return tmp_path / "latents"
-
-
-@pytest.fixture
-def frames(tmp_path) -> Path:
-    write_frame_set(tmp_path / "frames")
-    return tmp_path / "frames"
-
-
 def lines(source) -> list[str]:
     return [str(problem) for problem in verify(str(source)).problems]
-
-
-def members_of(path: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(path) as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def sealed(path: Path, members: list[tuple[str, bytes]]) -> None:
-    """Write another tar in place of `path` and make all checksums fit, so that only its content can be wrong."""
-    path.write_bytes(make_tar(members))
-    assert reseal(path.parent, keep_index=False)
 
 
 def with_member(members, name, data):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpus_helpers import contents
 from data_helpers import write_latents
-from mutations.sets import reseal, samples_of, write_frame_set, write_latent_set
+from mutations.sets import change, reseal, samples_of, write_frame_set, write_latent_set
 from mutations.target import BLOCK, header, make_tar
 
 from ardiff.data.shards import read_manifest
@@ -25,10 +26,6 @@ from data_tools.inspection.verification import verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
@@ -42,20 +39,8 @@ def folder(request, tmp_path) -> Path:
     return tmp_path / "data"
 
 
-@pytest.fixture
-def latents(tmp_path) -> Path:
-    write_latent_set(tmp_path / "data")
-    return tmp_path / "data"
-
-
 def first_tar(folder: Path) -> Path:
     return min(folder.glob("*.tar"))
-
-
-def change(path: Path, offset: int, bits: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= bits
-    path.write_bytes(bytes(data))
 
 
 def member_at(tar: Path, name: str) -> tarfile.TarInfo:

@@ -5,15 +5,13 @@ import json
 import os
 import shutil
 import signal
-import tarfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mutations.sets import CHANNELS, describe, reseal, write_frame_set, write_latent_set
-from mutations.target import make_tar
+from mutations.sets import CHANNELS, change, describe, members_of, sealed
 
 from ardiff.data.shards import (
     Moments,
@@ -35,31 +33,8 @@ from data_tools.inspection.shard_workers import BytesDone, for_each_shard
 from data_tools.inspection.verification import repeated, verify
 
 
-@pytest.fixture
-def latents(tmp_path) -> Path:
-    write_latent_set(tmp_path / "latents")
-    return tmp_path / "latents"
-
-
-@pytest.fixture
-def frames(tmp_path) -> Path:
-    write_frame_set(tmp_path / "frames")
-    return tmp_path / "frames"
-
-
 def lines(source, **options) -> list[str]:
     return [str(problem) for problem in verify(str(source), **options).problems]
-
-
-def members_of(path: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(path) as tar:
-        return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def sealed(path: Path, members: list[tuple[str, bytes]]) -> None:
-    """Write another tar in place of `path` and make all checksums fit, so that only its content can be wrong."""
-    path.write_bytes(make_tar(members))
-    assert reseal(path.parent, keep_index=False)
 
 
 def test_whole_sets_have_no_problems(latents, frames):
@@ -100,12 +75,6 @@ def test_recomputed_rows_are_those_of_the_indexer(latents, frames):
                     checked = check_sample(group[0].key, members, Rules.of(manifest))
                     found.append(rows_of(number, group, members, checked))
             assert np.array_equal(np.concatenate(found), index_tar(folder / entry.file))
-
-
-def change(path: Path, offset: int, bits: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= bits
-    path.write_bytes(bytes(data))
 
 
 def rewrite(path: Path, edit) -> None:

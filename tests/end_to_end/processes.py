@@ -117,3 +117,16 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], time
 
 def exit_record(run_dir: Path) -> dict:
     return json.loads((run_dir / "exit.json").read_text())
+
+
+def with_other_shards(command: list[str], shards: Path) -> list[str]:
+    """A training command whose second rank finds its data elsewhere, through a program beside these shards."""
+    program = shards.parent / "rank1.py"
+    program.write_text(
+        "import os, sys, runpy\n"
+        "if os.environ['RANK'] == '1':\n"
+        f"    sys.argv[sys.argv.index('--data.shards') + 1] = {str(shards)!r}\n"
+        "sys.argv[0] = 'launch/train.py'\n"
+        "runpy.run_path('launch/train.py', run_name='__main__')\n"
+    )
+    return [str(program) if word == "launch/train.py" else word for word in command]

@@ -17,7 +17,7 @@ from data_helpers import write_latents
 from ardiff.data.shards import parse_index
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step
+from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step, with_other_shards
 
 pytestmark = pytest.mark.launcher
 
@@ -130,16 +130,7 @@ def test_ranks_with_different_data_are_refused(tmp_path, shards):
     """As with a stale copy on the disk of one node."""
     stale = tmp_path / "stale"
     write_latents(stale, LENGTHS[:2])
-    script = tmp_path / "rank1.py"
-    script.write_text(
-        "import os, sys, runpy\n"
-        "if os.environ['RANK'] == '1':\n"
-        f"    sys.argv[sys.argv.index('--data.shards') + 1] = {str(stale)!r}\n"
-        "sys.argv[0] = 'launch/train.py'\n"
-        "runpy.run_path('launch/train.py', run_name='__main__')\n"
-    )
-    command = train(tmp_path / "run", shards, "--train.max_steps", "3")
-    command[command.index("launch/train.py")] = str(script)
+    command = with_other_shards(train(tmp_path / "run", shards, "--train.max_steps", "3"), stale)
     code, output = run(command, timeout=120)
     assert code != 0
     errors = [line for line in output.splitlines() if line.startswith("error:")]

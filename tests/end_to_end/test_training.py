@@ -10,7 +10,7 @@ from data_helpers import write_latents
 
 sys.path.insert(0, str(Path(__file__).parent))
 import processes
-from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step
+from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step, with_other_shards
 
 pytestmark = pytest.mark.launcher
 
@@ -182,16 +182,7 @@ def test_a_mistake_of_one_rank_ends_all_of_them(tmp_path, shards):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     (broken / "latents-000000.tar").unlink()
-    link = tmp_path / "rank1.py"
-    link.write_text(
-        "import os, sys, runpy\n"
-        f"if os.environ['RANK'] == '1':\n"
-        f"    sys.argv[sys.argv.index('--data.shards') + 1] = {str(broken)!r}\n"
-        "sys.argv[0] = 'launch/train.py'\n"
-        "runpy.run_path('launch/train.py', run_name='__main__')\n"
-    )
-    command = train(tmp_path / "run", shards, "--train.max_steps", "3")
-    command[command.index("launch/train.py")] = str(link)
+    command = with_other_shards(train(tmp_path / "run", shards, "--train.max_steps", "3"), broken)
     code, output = run(command, timeout=120)
     assert code != 0
     assert output.count("error: rank 1: ") == 1 and "latents-000000.tar: missing" in output

@@ -27,6 +27,7 @@ from ardiff.data.shards import (
 )
 from ardiff.errors import UserError
 from ardiff.files import sha256, write_json
+from mutations.target import make_tar, read
 
 TOKENS, CHANNELS, TEXT_DIM, SIZE = 2, 4, 3, 16
 CLASSES = ["run", "sit", "wave"]
@@ -131,17 +132,33 @@ def _sums(content: bytes, rows: np.ndarray) -> dict:
     return {**moments.as_json(), "count": max(1, moments.count)}
 
 
+def change(path: Path, offset: int, bits: int = 1) -> None:
+    """Damage one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= bits
+    path.write_bytes(bytes(data))
+
+
+def members_of(path: Path) -> list[tuple[str, bytes]]:
+    """Names and contents of a tar as Python's own reader sees them."""
+    with tarfile.open(path) as tar:
+        return [(member.name, read(tar, member)) for member in tar]
+
+
+def sealed(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """Write another tar in place of `path` and make all checksums fit, so that only its content can be wrong."""
+    path.write_bytes(make_tar(members))
+    assert reseal(path.parent, keep_index=False)
+
+
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     """All samples as Python's own tar reader sees them."""
     samples: dict[str, dict[str, bytes]] = {}
     for path in sorted(folder.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, extension = member.name.split(".", 1)
-                stream = tar.extractfile(member)
-                assert stream is not None
-                assert extension not in samples.setdefault(key, {})
-                samples[key][extension] = stream.read()
+        for name, content in members_of(path):
+            key, extension = name.split(".", 1)
+            assert extension not in samples.setdefault(key, {})
+            samples[key][extension] = content
     return samples
 
 

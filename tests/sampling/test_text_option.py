@@ -11,7 +11,7 @@ import torch
 
 from ardiff import cli
 from ardiff.config import load
-from launch import sample
+from ardiff.sampling.conditions import text_features
 
 WIDTH, TOKENS = 6, 4
 
@@ -19,7 +19,7 @@ WIDTH, TOKENS = 6, 4
 def features(path: Path) -> torch.Tensor:
     config = load("tiny", [])
     config = replace(config, model=replace(config.model, context_dim=WIDTH))
-    return sample.text_features(path, config, SimpleNamespace(text_tokens=TOKENS))
+    return text_features(path, config, SimpleNamespace(text_tokens=TOKENS))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

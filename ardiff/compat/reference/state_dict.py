@@ -33,7 +33,6 @@ BUFFERS = (
 )
 EMBEDDINGS = ("context_emb", "class_emb")
 KNOWN_BETAS = ((1e-4, 0.02), (8.5e-4, 0.012))  # of the published configurations
-LISTED = 60  # names in one message
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 _ROTARY = re.compile(r"^(?:blocks\.\d+\.attn\.)?rotary_emb\.freqs$")  # one tensor, which may appear once per block
@@ -97,7 +96,7 @@ def fill(network: nn.Module, found: Mapping[str, Tensor]) -> None:
         if found[name].shape != expected[name].shape
     ]
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+        f"{len(names)} {what}: {', '.join(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if names
     ]
@@ -133,14 +132,19 @@ def detect_schedule(state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """A state dict from a .safetensors file, or from a .bin, .pt or .pth file without running what is pickled there."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name the checkpoint in it, such as {path / 'model.safetensors'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the checkpoint's model.safetensors")
+    if not path.stat().st_size:
+        raise UserError(f"{path}: an empty file; copy or download the checkpoint again")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: a damaged checkpoint ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: a damaged checkpoint ({reason}); copy or download it again") from error
     except Exception as error:  # UnpicklingError and what a broken pickle makes of torch
         raise UserError(
             f"{path}: holds more than tensors, or is no checkpoint ({type(error).__name__}); save its state dict alone"
