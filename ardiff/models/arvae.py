@@ -1,5 +1,7 @@
 """The frame auto-encoder (AR-VAE): every frame becomes L tokens of C numbers, independently of the others.
 
+The decoder works frame by frame as well, or reads earlier frames too (`vae.temporal`, see temporal.py).
+
 A ViT encoder with L latent tokens and a ViT decoder with mask tokens (TiTok, Yu et al. 2024), trained with a
 continuous bottleneck: latents are normalised to unit length per token before decoding, so only their direction counts.
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ardiff.config import VAEConfig
-from ardiff.terms import Terms
+from ardiff.models.temporal import Clip, TemporalCache, decode_clips, mix_frames, temporal_blocks
 
 
 class Layer(nn.Module):
@@ -66,7 +68,7 @@ def local_average(to: Tensor, places: Tensor) -> Tensor:
 
 
 class ARVAE(nn.Module):
-    """Encoder and decoder of single frames; videos are processed frame by frame."""
+    """Encoder of single frames, and a decoder of single frames or, `temporal`, of frames and those before them."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -91,6 +93,16 @@ class ARVAE(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.temporal = config.temporal
+        if self.temporal:  # last, so that the other weights start as they do without
+            self.fine_temporal_blocks, self.coarse_temporal_blocks = temporal_blocks(
+                config.decoder_depth, width, config.num_heads
+            )
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that paints the pixels."""
+        return self.to_pixels
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """video [B, F, 3, H, W] in [0, 1] -> mean and log-variance, each [B, F, L, C]."""
@@ -108,44 +120,30 @@ class ARVAE(nn.Module):
         """video [B, F, 3, H, W] in [0, 1] -> posterior mean [B, F, L, C], not normalised."""
         return self.posterior(video)[0]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, F, L, C] of any length per token -> video [B, F, 3, H, W], about [0, 1] but not clamped."""
+    def decode(self, latents: Tensor, cache: TemporalCache | None = None, temporal: bool = True) -> Tensor:
+        """latents [B, F, L, C] of any length per token -> video [B, F, 3, H, W], about [0, 1] but not clamped.
+
+        With a cache they continue the videos that it has seen. temporal=False decodes every frame by itself; networks
+        without temporal blocks always do, and need no cache. Raises UserError for the cache of other videos.
+        """
+        if not (self.temporal and temporal):
+            return self._decode(latents)
+        head_dim = self.config.hidden_size // self.config.num_heads
+        return decode_clips(self._decode, latents, cache, self.config.window, head_dim)
+
+    def _decode(self, latents: Tensor, clip: Clip | None = None) -> Tensor:
         unit = F.normalize(latents.to(self.from_latents.weight.dtype), dim=-1)
         tokens = self.from_latents(rearrange(unit, "b f l c -> (b f) l c")) * self.config.channels**0.5
-        x = self.decoder(torch.cat([self.decoder_pool @ tokens, tokens], dim=1) + self.decoder_positions)
+        x = torch.cat([self.decoder_pool @ tokens, tokens], dim=1) + self.decoder_positions
+        for number, layer in enumerate(self.decoder):
+            if clip is not None:
+                patches, latent = x.split([len(self.decoder_pool), self.config.num_tokens], dim=1)
+                fine, coarse = self.fine_temporal_blocks[number], self.coarse_temporal_blocks[number]
+                x = mix_frames(fine, coarse, patches, latent, clip, number)
+            x = layer(x)
         pixels = self.to_pixels(self.decoder_norm(x[:, : len(self.decoder_pool)]))
         size, patch = self.config.image_size, self.config.patch_size
         frames = F.fold(  # overlapping patches are added up
             pixels.transpose(1, 2), size, patch + 2 * self.margin, padding=self.margin, stride=patch
         )
         return rearrange((frames + 1) / 2, "(b f) c h w -> b f c h w", b=len(latents))
-
-
-class ReconstructionObjective(nn.Module):
-    """An AR-VAE with its loss: squared and absolute error of the pixels, and the KL term of the posterior."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        self.network = ARVAE(config)
-        self.config = config
-        self.elements_per_frame = 3 * config.image_size**2
-
-    def forward(self, batch: dict[str, Tensor]) -> Terms:
-        """batch: video [B, F, 3, H, W] in [0, 1], noise [B, F, L, C] of the posterior, mask [B, F]."""
-        video, mask = batch["video"], batch["mask"]
-        mean, logvar = (part.float() for part in self.network.posterior(video))
-        z = mean + (0.5 * logvar).exp() * batch["noise"]
-        difference = self.network.decode(z).float() - video
-        squared = (difference**2).sum(dim=(2, 3, 4)) * mask  # [B, F]
-        absolute = difference.abs().sum(dim=(2, 3, 4)) * mask
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean(dim=(2, 3)) * mask  # per latent number
-        weight = self.config.l1_weight
-        per_frame = (1 - weight) * squared + weight * absolute
-        loss = per_frame.sum() + self.config.kl_weight * self.elements_per_frame * kl.sum()
-        frames = mask.double().sum()
-        elements = frames * self.elements_per_frame
-        return {
-            "loss": (loss, elements),
-            "mse": (squared.detach().double().sum(), elements),
-            "kl": (kl.detach().double().sum(), frames),
-        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
+from ardiff.models.temporal import TemporalCache
 
 DECODED_FRAMES = 64  # decoded at a time, so that memory does not grow with the video
 
@@ -45,27 +47,37 @@ class Decoder:
         """Height and width of its pictures."""
         return self.network.config.image_size
 
-    @property
-    def by_frame(self) -> bool:
-        """Whether a frame is decoded without the others; otherwise videos are decoded one by one, whole."""
-        return not getattr(self.network, "temporal", False)
+    def decode(self, latents: Tensor, cache: TemporalCache | None = None) -> np.ndarray:
+        """Latents of the model [V, F, L, C] -> pictures uint8 [V, F, H, W, 3].
+
+        With a cache (needed by temporal AR-VAEs alone) they continue the videos that it has seen.
+        """
+        if self.network.temporal and cache is None:  # one by one: the cache of a video is large
+            return np.concatenate([self.decode(video, TemporalCache()) for video in latents.split(1)])
+        batch = latents if self.network.temporal else latents.flatten(0, 1)[None]  # frames of all videos are alike
+        found = np.concatenate(list(self._pieces(batch, cache)), axis=1)
+        return found.reshape(*latents.shape[:2], *found.shape[2:])
+
+    def pick(self, latents: Tensor, places: Sequence[int]) -> np.ndarray:
+        """The pictures uint8 [len(places), H, W, 3] at some places, in order, of a video with these latents [F, L, C].
+
+        A temporal AR-VAE decodes the frames before them as well, a few at a time.
+        """
+        if not self.network.temporal:
+            return self.decode(latents[list(places)][None])[0]
+        chosen, first = [], 0
+        for (piece,) in self._pieces(latents[None, : max(places) + 1], TemporalCache()):
+            chosen += [piece[place - first] for place in places if first <= place < first + len(piece)]
+            first += len(piece)
+        return np.stack(chosen)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """Latents of the model [V, F, L, C] -> pictures uint8 [V, F, H, W, 3]."""
-        found = self.space.to_arvae(latents).to(self.device)
-        if self.by_frame:
-            flat = found.flatten(0, 1)[None]
-            pieces = [flat[:, i : i + DECODED_FRAMES] for i in range(0, flat.shape[1], DECODED_FRAMES)]
-        else:
-            pieces = list(found.split(1))
-        pixels = torch.cat([self._pixels(self.network.decode(piece)) for piece in pieces])
-        return pixels.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2]).numpy()
-
-    @staticmethod
-    def _pixels(video: Tensor) -> Tensor:
-        """[1, F, 3, H, W] in [0, 1] -> uint8 [F, 3, H, W] on the host."""
-        return video[0].float().clamp(0, 1).mul(255).round().byte().cpu()
+    def _pieces(self, latents: Tensor, cache: TemporalCache | None) -> Iterator[np.ndarray]:
+        """Pictures [V, f, H, W, 3] of a few frames of all videos at a time."""
+        for piece in latents.split(max(1, DECODED_FRAMES // len(latents)), dim=1):
+            video = self.network.decode(self.space.to_arvae(piece).to(self.device), cache)
+            pixels = video.float().clamp(0, 1).mul(255).round().byte()
+            yield pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:

@@ -1,13 +1,14 @@
 """The published frame auto-encoders (TiTok with a continuous bottleneck, per frame or with a temporal decoder).
 
 A ViT encoder with latent tokens, a ViT decoder that ends in soft indices of a 1,024-entry codebook, and the
-convolutional decoder of MaskGIT-VQGAN. The state dict has the reference's names.
+convolutional decoder of MaskGIT-VQGAN. The state dict has the reference's names. Temporal blocks have no positions in
+time, and start at zero (as the reference means to; its own initialisation overwrites that).
 """
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,30 +16,16 @@ from ardiff.compat.reference.options import VIT_SIZES
 from ardiff.compat.reference.pixels import PixelDecoder
 from ardiff.config import VAEConfig
 from ardiff.errors import UserError
+from ardiff.models.temporal import (
+    Clip,
+    MultiHeadAttention,
+    TemporalCache,
+    decode_clips,
+    mix_frames,
+    temporal_blocks,
+)
 
 CODES, CODE_WIDTH = 1024, 256
-
-
-class MultiHeadAttention(nn.Module):
-    """Queries [B, Q, D] read keys and values [B, K, D]; a mask [Q, K] is True where reading is allowed."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, D]."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            rearrange(F.linear(part, weight, bias), "b t (h d) -> b h t d", h=self.num_heads)
-            for part, weight, bias in zip((q, k, v), weights, biases, strict=True)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
 class MLP(nn.Module):
@@ -54,54 +41,20 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class SelfAttention(nn.Module):
-    """Pre-norm self-attention with a residual, [B, T, D] -> [B, T, D]."""
+class Layer(nn.Module):
+    """A pre-norm transformer layer of one frame, [B, T, D] -> [B, T, D]."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = MultiHeadAttention(width, num_heads)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mask [T, T] is True where reading is allowed."""
-        h = self.ln_1(x)
-        return x + self.attn(h, h, h, mask)
-
-
-class Layer(SelfAttention):
-    """A transformer layer of one frame."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__(width, num_heads)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Attention, then the perceptron, each added to x."""
-        x = super().forward(x, mask)
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-class CrossAttention(nn.Module):
-    """Tokens of a frame read the latent tokens of all frames up to it."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(width) for _ in range(3))
-        self.attn = MultiHeadAttention(width, num_heads)
-
-    def forward(self, x: Tensor, latents: Tensor, num_frames: int) -> Tensor:
-        """x [B*F, T, D], latents [B*F, L, D] -> [B*F, T, D]."""
-        q = rearrange(self.ln_q(x), "(b f) t d -> b (f t) d", f=num_frames)
-        k, v = (rearrange(norm(latents), "(b f) l d -> b (f l) d", f=num_frames) for norm in (self.ln_k, self.ln_v))
-        mask = repeat(causal(num_frames, x.device), "f g -> (f t) (g l)", t=x.shape[1], l=latents.shape[1])
-        out = self.attn(q, k, v, mask)
-        return x + rearrange(out, "b (f t) d -> (b f) t d", f=num_frames)
-
-
-def causal(num_frames: int, device: torch.device) -> Tensor:
-    """[F, F], True where frame i may read frame j <= i."""
-    return torch.ones(num_frames, num_frames, dtype=torch.bool, device=device).tril()
 
 
 class Encoder(nn.Module):
@@ -150,41 +103,34 @@ class Decoder(nn.Module):
         self.latent_token_positional_embedding = nn.Parameter(torch.randn(config.num_tokens, width) * width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(Layer(width, heads) for _ in range(layers))
-        self.temporal = options.temporal
-        if self.temporal:
-            self.fine_temporal_blocks = nn.ModuleList(SelfAttention(width, heads) for _ in range(layers))
-            self.coarse_temporal_blocks = nn.ModuleList(CrossAttention(width, heads) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, CODES, 1))
 
-    def forward(self, latents: Tensor, num_frames: int) -> Tensor:
-        """num_frames: F, which frames follow one another."""
+    def add_temporal_blocks(self, config: VAEConfig) -> None:
+        """Let frames read those before them."""
+        self.fine_temporal_blocks, self.coarse_temporal_blocks = temporal_blocks(*VIT_SIZES[config.reference.decoder])
+
+    def forward(self, latents: Tensor, clip: Clip | None = None) -> Tensor:
+        """Frames of a clip read those before them, others only themselves."""
         count, num_patches = len(latents), self.side**2
         tokens = self.decoder_embed(latents) + self.latent_token_positional_embedding
         masked = self.mask_token.expand(count, num_patches, -1)
         masked = torch.cat([self.class_embedding.expand(count, -1, -1), masked], dim=1) + self.positional_embedding
         x = self.ln_pre(torch.cat([masked, tokens], dim=1))
         for number, layer in enumerate(self.transformer):
-            if self.temporal:
-                x = self._mix_frames(x, number, num_frames)
+            if clip is not None:  # the class token stays out of it
+                first, patches, latent = x.split([1, num_patches, tokens.shape[1]], dim=1)
+                fine, coarse = self.fine_temporal_blocks[number], self.coarse_temporal_blocks[number]
+                x = torch.cat([first, mix_frames(fine, coarse, patches, latent, clip, number)], dim=1)
             x = layer(x)
         x = self.ln_post(x[:, 1 : 1 + num_patches])
         return self.ffn(rearrange(x, "n (h w) d -> n d h w", h=self.side))
-
-    def _mix_frames(self, x: Tensor, number: int, num_frames: int) -> Tensor:
-        """Patches read their place in earlier frames, then patches and latents read earlier latents."""
-        first, patches, latents = x.split([1, self.side**2, x.shape[1] - 1 - self.side**2], dim=1)
-        patches = rearrange(patches, "(b f) n d -> (b n) f d", f=num_frames)
-        patches = self.fine_temporal_blocks[number](patches, causal(num_frames, x.device))
-        patches = rearrange(patches, "(b n) f d -> (b f) n d", n=self.side**2)
-        both = self.coarse_temporal_blocks[number](torch.cat([patches, latents], dim=1), latents, num_frames)
-        return torch.cat([first, both], dim=1)
 
 
 class ReferenceARVAE(nn.Module):
     """encode(video [B, F, 3, H, W] in [0, 1]) -> [B, F, L, C]; decode([B, F, L, C]) -> video, about [0, 1].
 
-    `temporal`: frames are decoded with all frames before them, so a video must be decoded as a whole.
+    `temporal`: frames are decoded with those before them.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -197,6 +143,13 @@ class ReferenceARVAE(nn.Module):
         self.latent_tokens = nn.Parameter(torch.randn(config.num_tokens, width) * width**-0.5)
         self.pixel_quantize_conv = nn.Conv2d(CODES, CODE_WIDTH, 1)
         self.pixel_decoder = PixelDecoder(CODE_WIDTH)
+        if self.temporal:  # last, so that the other weights start as they do without
+            self.decoder.add_temporal_blocks(config)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer that paints the pixels."""
+        return self.pixel_decoder.conv_out
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """video [B, F, 3, H, W] in [0, 1] -> mean and log-variance, each [B, F, L, C]."""
@@ -211,11 +164,19 @@ class ReferenceARVAE(nn.Module):
         """video [B, F, 3, H, W] in [0, 1] -> posterior mean [B, F, L, C], not normalised."""
         return self.posterior(video)[0]
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, F, L, C] of any length per token -> video [B, F, 3, H, W], not clamped."""
+    def decode(self, latents: Tensor, cache: TemporalCache | None = None, temporal: bool = True) -> Tensor:
+        """latents [B, F, L, C] of any length per token -> video [B, F, 3, H, W], not clamped.
+
+        cache and temporal as of `ARVAE.decode`.
+        """
+        if not (self.temporal and temporal):
+            return self._decode(latents)
+        return decode_clips(self._decode, latents, cache, self.config.window)
+
+    def _decode(self, latents: Tensor, clip: Clip | None = None) -> Tensor:
         latents = latents.to(self.latent_tokens.dtype)
         if self.config.reference.unit_norm:
             latents = F.normalize(latents, dim=-1)
-        scores = self.decoder(latents.flatten(0, 1), latents.shape[1])
+        scores = self.decoder(latents.flatten(0, 1), clip)
         frames = self.pixel_decoder(self.pixel_quantize_conv(scores.softmax(dim=1)))
         return rearrange(frames, "(b f) c h w -> b f c h w", b=len(latents))
