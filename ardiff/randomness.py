@@ -29,6 +29,7 @@ class Stream(IntEnum):
     FLIP = 10
     SETS = 11
     SAMPLING_STEPS = 12
+    FRAME_CROP = 13
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from ardiff import cli
-from ardiff.config import Config
+from ardiff.config import Config, Phase
 from ardiff.data.clips import LatentClips
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import open_data
@@ -28,7 +28,7 @@ from ardiff.monitor.throughput import dit_flops
 from ardiff.sampling.decoder import Decoder
 from ardiff.sampling.generate import default_request, generate
 from ardiff.training import program
-from ardiff.training.job import Job, Preview
+from ardiff.training.job import Feed, Job, Preview
 
 NAME = "DiT"
 
@@ -38,6 +38,7 @@ def build_job(config: Config) -> Job:
     model = config.model
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of latent shards made by data_tools.extract_latents")
+    _refuse_settings_of_auto_encoders(config)
     data = open_data(config, "latents", model.num_frames)
     details = data.manifest.details
     found, needed = (details["tokens"], details["channels"]), (model.tokens_per_frame, model.in_channels)
@@ -57,18 +58,31 @@ def build_job(config: Config) -> Job:
         )
     space = LatentSpace.of(data.manifest, config.data.normalize)
     preview, note = _preview(config, space)
+    feed = Feed(data, LatentClips(data, space, config), dit_flops(model), model.num_frames * model.tokens_per_frame)
     return Job(
         name=NAME,
         config=config,
         build_objective=lambda: DiffusionObjective(build_dit(model, config.diffusion.prediction), config),
-        data=data,
-        collate=LatentClips(data, space, config),
-        flops_per_clip=dit_flops(model),
-        tokens_per_clip=model.num_frames * model.tokens_per_frame,
+        feeds=[feed] * len(config.train.phases),
         latent_space=space,
         preview=preview,
         notes=[note],
     )
+
+
+def _refuse_settings_of_auto_encoders(config: Config) -> None:
+    fresh = Config()
+    for section, name in (
+        ("train", "init"),
+        ("train", "validate_every"),
+        ("data", "validation"),
+        ("data", "crop_scale"),
+    ):
+        if getattr(getattr(config, section), name) != getattr(getattr(fresh, section), name):
+            raise UserError(f"{section}.{name} is a setting of launch/train_vae.py; leave it out")
+    for phase in config.train.phases:
+        if phase.stage != Phase().stage:
+            raise UserError(f"train.phases: the stage {phase.stage} is one of launch/train_vae.py; leave it out")
 
 
 def _preview(config: Config, space: LatentSpace) -> tuple[Preview | None, str]:

@@ -1,4 +1,4 @@
-"""Train the frame auto-encoder (AR-VAE) on frame shards.
+"""Train the auto-encoder (AR-VAE) on frame shards: reconstruction, adversarial, temporal, as train.phases say.
 
     python launch/train_vae.py --config arvae_tiny --data.shards FRAMES --run_dir RUN
 
@@ -7,8 +7,12 @@ Runs under `deepspeed` and `torchrun` as well; the same command again resumes.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,65 +21,153 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from ardiff import cli
-from ardiff.config import Config
+from ardiff.config import Config, Phase
 from ardiff.data.clips import FrameClips
-from ardiff.data.mixture import open_data
+from ardiff.data.mixture import Mixture, open_data
+from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
-from ardiff.models.arvae import ReconstructionObjective
+from ardiff.metrics.reconstruction import Reconstruction, reconstruction_metrics
+from ardiff.models.discriminator import PatchDiscriminator
+from ardiff.models.lpips import LPIPS
+from ardiff.models.perceptual import build_perceptual
+from ardiff.models.reconstruction import ReconstructionObjective
 from ardiff.monitor.throughput import arvae_flops
 from ardiff.training import program
-from ardiff.training.job import Job
+from ardiff.training.initialise import initialise
+from ardiff.training.job import Feed, Job, Preview, Validate
 
+log = logging.getLogger("ardiff")
 NAME = "AR-VAE"
-FRAMES_PER_CLIP = 1  # frames are encoded one by one; a batch of single frames is the most varied
 PREVIEW_FRAMES = 16
+VALIDATION_CLIP = 8  # frames in a row of a held-out video, for what can be seen in time only
 
 
 def build_job(config: Config) -> Job:
     """The AR-VAE, its objective and its data. Raises UserError where they do not fit together."""
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of frame shards made by data_tools.shard_videos")
-    if config.vae.architecture != "ardiff":
-        raise UserError(
-            f"vae.architecture = {config.vae.architecture}: published auto-encoders are converted, not trained "
-            "(launch/convert.py); use vae.architecture=ardiff"
-        )
-    data = open_data(config, "frames", FRAMES_PER_CLIP)
+    feeds = _feeds(config)
+    held_out = _held_out(config)
+    shown = held_out or feeds[0].data
+    measured = "none (no held-out frame shards: name them with --data.validation)"
+    if held_out is not None:
+        measured = f"{held_out.source}, every {config.train.validate_every} steps (0: never)"
+    vae = config.vae
+    adversarial = any(phase.stage == "adversarial" for phase in config.train.phases)
+    if config.train.init is not None and not Path(config.train.init).exists():
+        raise UserError(f"train.init = {config.train.init}: no such file or folder")
+    build_perceptual(vae)  # raises what there is to raise before processes connect
+    if adversarial:
+        PatchDiscriminator.of(vae)
+    return Job(
+        name=NAME,
+        config=config,
+        build_objective=lambda: ReconstructionObjective(vae),
+        feeds=feeds,
+        preview=_preview(config, shown) if config.train.sample_every else None,
+        validate=_validate(config, held_out) if held_out is not None and config.train.validate_every else None,
+        build_discriminator=(lambda: PatchDiscriminator.of(vae)) if adversarial else None,
+        enter=ReconstructionObjective.enter,  # type: ignore[arg-type]
+        initialise=_initialise(config.train.init) if config.train.init else None,
+        notes=[f"stages: {', '.join(_describe(phase) for phase in config.train.phases)}", f"validation: {measured}"],
+    )
+
+
+def _describe(phase: Phase) -> str:
+    clips = f" on clips of {phase.num_frames} frames, {phase.trains} parameters" if phase.stage == "temporal" else ""
+    return f"{phase.steps} steps {phase.stage}{clips}"
+
+
+def _feeds(config: Config) -> list[Feed]:
+    """Where each phase finds its clips: of one frame (most varied), or of several for a temporal decoder."""
+    feeds: dict[int, Feed] = {}
+    for phase in config.train.phases:
+        count = phase.num_frames
+        if count not in feeds:
+            data = _open_frames(config, count)
+            flops = arvae_flops(config.vae, count)
+            tokens = count * config.vae.num_tokens
+            feeds[count] = Feed(data, FrameClips(data, config, count), flops, tokens, counts_as=count)
+    return [feeds[phase.num_frames] for phase in config.train.phases]
+
+
+def _open_frames(config: Config, num_frames: int) -> Mixture:
+    """Frame shards of the size that the auto-encoder takes."""
+    data = open_data(config, "frames", num_frames)
     size = data.manifest.details["size"]
     if size != config.vae.image_size:
         raise UserError(
             f"{data.source}: frames of {size} x {size}, but vae.image_size = {config.vae.image_size}; "
             f"shard the videos again with --size {config.vae.image_size}"
         )
+    return data
+
+
+def _held_out(config: Config) -> Mixture | None:
+    """Frames of videos that are not trained on: data.validation, or what shard_videos wrote beside the shards."""
+    source = config.data.validation
+    if source is None:
+        beside = Path(config.data.shards or "") / "validation"
+        if not config.data.shards or is_remote(config.data.shards) or not (beside / "manifest.json").is_file():
+            return None
+        source = str(beside)
+    return _open_frames(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, shards=source, mixture=[])), 1
+    )
+
+
+def _clips(data: Mixture, num_clips: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
+    """Stretches of videos that lie evenly in the set, each from the middle of its video: uint8 [F, H, W, 3]."""
+    for video in np.linspace(0, len(data) - 1, min(num_clips, len(data))).round().astype(int).tolist():
+        count = min(num_frames, (int(data.frames[video]) - 1) // stride + 1)
+        first = (int(data.frames[video]) - 1 - (count - 1) * stride) // 2
+        yield data.read_frames(video, first, count, stride)
+
+
+def _preview(config: Config, data: Mixture) -> Preview:
+    """Moving pictures, originals on the left of their reconstructions; and strips, originals above."""
 
     def preview(network: nn.Module) -> dict[str, np.ndarray]:
-        """Originals on the left, reconstructions on the right."""
         videos = {}
-        for index in range(min(config.sampling.num_videos, len(data))):
-            frames = data.read_frames(index, 0, min(PREVIEW_FRAMES, int(data.frames[index])))
-            video = torch.from_numpy(frames).permute(0, 3, 1, 2)[None].float().div(255)
-            video = video.to(next(network.parameters()).device)
-            rebuilt = network.decode(network.encode(video)).float().clamp(0, 1)  # type: ignore[operator]
-            pixels = rebuilt[0].mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            videos[f"reconstruction/{index:02d}"] = np.concatenate([frames, pixels], axis=2)
+        for index, frames in enumerate(_clips(data, config.sampling.num_videos, PREVIEW_FRAMES, config.data.stride)):
+            pieces = [piece.rebuilt for piece in Reconstruction(network).pieces(frames)]
+            pixels = torch.cat(pieces).clamp(0, 1).mul(255).round().byte()
+            rebuilt = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            videos[f"reconstruction/{index:02d}"] = np.concatenate([frames, rebuilt], axis=2)
+            chosen = slice(None, None, max(1, len(frames) // 8))
+            rows = [np.concatenate(list(part[chosen]), axis=1) for part in (frames, rebuilt)]
+            videos[f"strip/{index:02d}"] = np.concatenate(rows)[None]
         return videos
 
-    return Job(
-        name=NAME,
-        config=config,
-        build_objective=lambda: ReconstructionObjective(config.vae),
-        data=data,
-        collate=FrameClips(data, config, FRAMES_PER_CLIP),
-        flops_per_clip=FRAMES_PER_CLIP * arvae_flops(config.vae),
-        tokens_per_clip=FRAMES_PER_CLIP * config.vae.num_tokens,
-        preview=preview if config.train.sample_every else None,
-    )
+    return preview
+
+
+def _validate(config: Config, data: Mixture) -> Validate:
+    """Quality of held-out reconstructions, and statistics of their latents."""
+    lpips = LPIPS(config.vae.lpips) if config.vae.lpips else None
+
+    def validate(network: nn.Module) -> dict[str, Any]:
+        clips = _clips(data, -(-config.train.validation_frames // VALIDATION_CLIP), VALIDATION_CLIP, config.data.stride)
+        return {f"validation_{name}": v for name, v in reconstruction_metrics(network, clips, lpips).items()}
+
+    return validate
+
+
+def _initialise(source: str) -> Any:
+    """Weights that training starts from; the table of what they cover goes to the log."""
+
+    def fill(network: nn.Module) -> None:
+        coverage = initialise(network, Path(source))  # type: ignore[arg-type]
+        for line in coverage.table().splitlines():
+            log.info("%s", line)
+
+    return fill
 
 
 def main() -> int:
     """The program."""
     parser = program.arguments(
-        "Train the frame auto-encoder (AR-VAE) on frame shards.",
+        "Train the auto-encoder (AR-VAE) on frame shards, in the stages that train.phases name.",
         "python launch/train_vae.py --config arvae_tiny --data.shards frames --run_dir runs/arvae",
         "arvae_tiny",
     )

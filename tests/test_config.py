@@ -17,7 +17,9 @@ PUBLIC_KEYS = {
     ),
     "vae": (
         "image_size patch_size num_tokens channels hidden_size encoder_depth decoder_depth num_heads "
-        "kl_weight l1_weight architecture reference.encoder reference.decoder reference.decoder_patch_size "
+        "kl_weight l1_weight sample_posterior perceptual_weight perceptual lpips adversarial_weight adversarial_warmup "
+        "discriminator_width discriminator_layers discriminator_lr temporal window architecture "
+        "reference.encoder reference.decoder reference.decoder_patch_size "
         "reference.temporal reference.unit_norm"
     ),
     "diffusion": (
@@ -27,13 +29,13 @@ PUBLIC_KEYS = {
         "conditioning.where"
     ),
     "data": (
-        "shards mixture order lanes lane_window stride flip_probability normalize arvae prefetch decode_threads verify "
-        "max_bad_fraction cache_dir cache_gb"
+        "shards mixture order lanes lane_window stride flip_probability crop_scale normalize arvae validation "
+        "prefetch decode_threads verify max_bad_fraction cache_dir cache_gb"
     ),
     "train": (
         "seed global_batch_size micro_batch_size max_steps phases warmup_steps betas adam_eps weight_decay "
         "grad_clip ema_decay label_dropout log_every save_every keep_checkpoints sample_every num_threads "
-        "collective_timeout_minutes max_skipped_steps"
+        "collective_timeout_minutes max_skipped_steps init validate_every validation_frames"
     ),
     "sampling": (
         "num_videos num_steps gap guidance fps block solver eta cache window sink sliding history variable partition "
@@ -269,3 +271,47 @@ def test_an_unknown_preset_lists_the_known_ones():
     text = refusal(source="ardif_xl")
     assert "did you mean 'ardiff_xl'" in text
     assert all(name in text for name in presets())
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ("{steps: 4, lr: 1e-3, stage: temporal, num_frames: 4}", "needs vae.temporal = true"),
+        (
+            "{steps: 4, lr: 1e-3, stage: adversial}",
+            r"phases\[0\].stage = 'adversial'.*did you mean 'adversarial'",
+        ),
+        ("{steps: 4, lr: 1e-3, num_frames: 4}", "belong to the stage temporal"),
+        ("{steps: 4, lr: 1e-3, stage: adversarial, trains: temporal}", "belong to the stage temporal"),
+    ],
+)
+def test_stages_of_an_auto_encoder_that_cannot_work(phase, message):
+    assert re.search(message, refusal(f"train.phases=[{phase}]", source="arvae_tiny"))
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 32])
+def test_clips_of_the_temporal_stage_divide_the_batch_of_frames(num_frames):
+    phase = f"train.phases=[{{steps: 4, lr: 1e-3, stage: temporal, num_frames: {num_frames}}}]"
+    told = refusal(phase, "vae.temporal=true", source="arvae_tiny")
+    assert f"num_frames = {num_frames}" in told and "train.micro_batch_size = 16" in told
+
+
+def test_lpips_needs_its_weights():
+    overrides = ("vae.perceptual=lpips", "vae.perceptual_weight=0.1")
+    assert "needs vae.lpips" in refusal(*overrides, source="arvae_tiny")
+
+
+def test_every_step_has_a_phase():
+    config = load("tiny", ["train.phases=[{steps: 2, lr: 1e-3}, {steps: 3, lr: 1e-4}]"])
+    assert [config.phase_number(step) for step in range(1, 8)] == [0, 0, 1, 1, 1, 1, 1]
+    assert config.phase_of(3).lr == 1e-4
+
+
+def test_a_new_discriminator_is_trusted_little_by_little():
+    phases = (
+        "[{steps: 3, lr: 1e-3}, {steps: 2, lr: 1e-3, stage: adversarial}, {steps: 9, lr: 1e-4, stage: adversarial}]"
+    )
+    config = load("arvae_tiny", [f"train.phases={phases}", "vae.adversarial_warmup=4"])
+    assert [config.adversarial_ramp(step) for step in (4, 5, 6, 8, 9)] == [0.0, 0.25, 0.5, 1.0, 1.0]
+    config.vae.adversarial_warmup = 0
+    assert config.adversarial_ramp(4) == 1.0

@@ -17,6 +17,9 @@ def _bad_choices(section: Any, prefix: str) -> Iterator[str]:
         choices = item.metadata.get("choices")
         if dataclasses.is_dataclass(value):
             yield from _bad_choices(value, f"{prefix}{item.name}.")
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
+            for number, part in enumerate(value):
+                yield from _bad_choices(part, f"{prefix}{item.name}[{number}].")
         elif choices and value not in choices:
             nearest = difflib.get_close_matches(str(value), choices, 1)
             hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
@@ -25,8 +28,14 @@ def _bad_choices(section: Any, prefix: str) -> Iterator[str]:
 
 POSITIVE = {
     "model": ("num_frames", "tokens_per_frame", "in_channels", "hidden_size", "depth", "num_heads", "block"),
-    "vae": ("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
-    "train": ("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
+    "vae": (
+        *("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "num_heads"),
+        *("discriminator_width", "discriminator_layers", "window"),
+    ),
+    "train": (
+        *("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
+        "validation_frames",
+    ),
     "data": ("stride", "prefetch", "lanes", "lane_window", "decode_threads"),
     "sampling": ("num_videos", "num_steps"),
     "diffusion": ("num_timesteps",),
@@ -44,7 +53,12 @@ BOUNDS = (
     ("vae.decoder_depth", 0, 1e4),
     ("vae.kl_weight", 0, 1e6),
     ("vae.l1_weight", 0, 1),
+    ("vae.perceptual_weight", 0, 1e6),
+    ("vae.adversarial_weight", 0, 1e6),
+    ("vae.adversarial_warmup", 0, 1e12),
+    ("vae.discriminator_lr", 0, 1e3),
     ("data.flip_probability", 0, 1),
+    ("data.crop_scale", 0.05, 1),
     ("data.max_bad_fraction", 0, 1),
     ("data.cache_gb", 0.001, 1e6),
     ("train.seed", -(2**63), 2**63 - 1),
@@ -55,6 +69,7 @@ BOUNDS = (
     ("train.ema_decay", 0, 1 - 1e-9),
     ("train.label_dropout", 0, 1),
     ("train.sample_every", 0, 1e12),
+    ("train.validate_every", 0, 1e12),
     ("train.num_threads", 0, 1e4),
     ("train.collective_timeout_minutes", 0.05, 1e5),
     ("train.max_skipped_steps", 1, 1e9),
@@ -152,8 +167,29 @@ def _impossible_training(config: Config) -> Iterator[str]:
         yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
+    yield from _impossible_stages(config)
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"
+
+
+def _impossible_stages(config: Config) -> Iterator[str]:
+    vae, train = config.vae, config.train
+    if vae.perceptual == "lpips" and vae.perceptual_weight and vae.lpips is None:
+        yield "vae.perceptual = lpips needs vae.lpips, the file with its weights; vae.perceptual = structure needs none"
+    if vae.architecture == "reference" and vae.temporal:
+        yield "vae.temporal: the reference architecture has vae.reference.temporal instead"
+    temporal = vae.reference.temporal if vae.architecture == "reference" else vae.temporal
+    for phase in train.phases:
+        if phase.stage == "temporal":
+            if not temporal:
+                yield "train.phases: the stage temporal needs vae.temporal = true (vae.reference.temporal of published)"
+            if phase.num_frames < 2 or train.micro_batch_size % phase.num_frames:
+                yield (
+                    f"train.phases: num_frames = {phase.num_frames} of the stage temporal must be at least 2 and "
+                    f"divide train.micro_batch_size = {train.micro_batch_size}, which counts frames"
+                )
+        elif phase.num_frames != 1 or phase.trains != "all":
+            yield f"train.phases: num_frames and trains belong to the stage temporal, not to {phase.stage}"
 
 
 def _impossible_data(config: Config) -> Iterator[str]:

@@ -73,6 +73,17 @@ class VAEConfig:
     num_heads: int = 8
     kl_weight: float = 1e-6
     l1_weight: float = 0.2  # the reconstruction loss is (1 - l1_weight) * MSE + l1_weight * L1
+    sample_posterior: bool = True  # train on draws of the posterior; False: on its mean
+    perceptual_weight: float = 0.0  # of the perceptual loss of a frame, as mean per pixel
+    perceptual: str = one_of("structure", "lpips")  # structure: gradients and SSIM at several scales, no weights needed
+    lpips: str | None = None  # file with the weights of LPIPS-VGG: for perceptual = lpips, and then measured as well
+    adversarial_weight: float = 0.5  # of the discriminator's verdict, on top of the adaptive weight
+    adversarial_warmup: int = 0  # first steps of the stage adversarial, in which that weight grows from 0
+    discriminator_width: int = 64  # channels of its first layer
+    discriminator_layers: int = 3  # that halve the picture
+    discriminator_lr: float = 0.0  # 0: the learning rate of the phase
+    temporal: bool = False  # the decoder also reads earlier frames, from the stage temporal on
+    window: int = 16  # of a temporal decoder: frames that a frame reads in each layer, itself included
     architecture: str = one_of("ardiff", "reference")  # reference: the network of the published weights
     reference: ReferenceVAEConfig = field(default_factory=ReferenceVAEConfig)
 
@@ -166,8 +177,12 @@ class DataConfig:
     lane_window: int = 4096  # clips that are shuffled together within a lane
     stride: int = 1  # take every stride-th frame of a video
     flip_probability: float = 0.0  # share of clips that are mirrored
+    crop_scale: float = 1.0  # of frames for an AR-VAE: least side of a random square that is enlarged; 1: whole frames
     normalize: str = one_of("unit", "standardize", "none")  # unit: each token to length 1, as the reference
     arvae: str | None = None  # decodes samples; None: the one named in the manifest
+    validation: str | None = (
+        None  # held-out frame shards, to measure an AR-VAE on; None: SHARDS/validation if it exists
+    )
     prefetch: int = 4  # global batches prepared ahead, at least (small ones are made several at a time)
     decode_threads: int = 2  # per rank, for pictures
     verify: bool = False  # compare the checksum of a video whenever a clip of it is read
@@ -178,15 +193,23 @@ class DataConfig:
 
 @dataclass
 class Phase:
-    """A stretch of training with one learning rate."""
+    """A stretch of training with one learning rate and, of an AR-VAE, one stage."""
 
     steps: int = 0
     lr: float = 0.0
+    stage: str = one_of(
+        "frames", "adversarial", "temporal"
+    )  # of an AR-VAE: reconstruction, with a discriminator, clips
+    num_frames: int = 1  # of the stage temporal: frames of a clip
+    trains: str = one_of("all", "temporal")  # of the stage temporal: all parameters, or those that read other frames
 
 
 @dataclass
 class TrainConfig:
-    """Optimisation, logging and checkpoints. Batch sizes count clips over all ranks and accumulation steps."""
+    """Optimisation, logging and checkpoints.
+
+    Batch sizes count clips (of an AR-VAE: frames), the global one over all ranks and accumulation steps.
+    """
 
     seed: int = 0
     global_batch_size: int = 1024
@@ -204,6 +227,11 @@ class TrainConfig:
     save_every: int = 1000
     keep_checkpoints: int = 3
     sample_every: int = 5000  # 0: no sample videos in TensorBoard
+    init: str | None = (
+        None  # of an AR-VAE: weights to start from, whatever of them fits (a run, an export, a TiTok file)
+    )
+    validate_every: int = 0  # of an AR-VAE: steps between measurements on held-out videos; 0: none
+    validation_frames: int = 256  # so many frames of them, at most
     num_threads: int = 0  # CPU threads of a rank; 0: cores / local ranks
     collective_timeout_minutes: float = 30.0
     max_skipped_steps: int = 20  # this many steps with non-finite gradients in a row end the run
@@ -247,3 +275,25 @@ class Config:
         """Optimizer steps of the whole run."""
         planned = sum(phase.steps for phase in self.train.phases)
         return planned if self.train.max_steps is None else self.train.max_steps
+
+    def phase_number(self, step: int) -> int:
+        """Which of train.phases optimizer step `step` (from 1) belongs to; the last one goes on beyond its steps."""
+        end = 0
+        for number, phase in enumerate(self.train.phases):
+            end += phase.steps
+            if step <= end:
+                return number
+        return len(self.train.phases) - 1
+
+    def adversarial_ramp(self, step: int) -> float:
+        """The share of vae.adversarial_weight that optimizer step `step` has: 0 to 1."""
+        before = 0
+        for phase in self.train.phases:
+            if phase.stage == "adversarial":
+                break
+            before += phase.steps
+        return min(1.0, max(0, step - before - 1) / self.vae.adversarial_warmup) if self.vae.adversarial_warmup else 1.0
+
+    def phase_of(self, step: int) -> Phase:
+        """The phase of an optimizer step."""
+        return self.train.phases[self.phase_number(step)]

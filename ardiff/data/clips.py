@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ardiff.config import Config
 from ardiff.data.latent_space import LatentSpace
@@ -248,8 +249,9 @@ class FrameClips:
         visits, bad = read_rows(self.data, planned, fill)
         for i, position in enumerate(positions.tolist()):
             noise[i] = normals(seed, Stream.POSTERIOR, position, noise.shape[1:])
+        pictures = torch.from_numpy(video).permute(0, 1, 4, 2, 3).float().div_(255)
         tensors = {
-            "video": torch.from_numpy(video).permute(0, 1, 4, 2, 3).float().div_(255),
+            "video": _crops(self.config, positions, pictures),
             "noise": torch.from_numpy(noise),
             "mask": _frame_mask(visits, self.num_frames),
         }
@@ -266,6 +268,20 @@ def _flips(config: Config, positions: np.ndarray) -> np.ndarray:
     if not share:
         return np.zeros(len(positions), dtype=bool)
     return uniforms(hashed(config.train.seed, Stream.FLIP, positions), 1)[:, 0] < share
+
+
+def _crops(config: Config, positions: np.ndarray, video: Tensor) -> Tensor:
+    """A random square of every clip [B, F, 3, H, W], enlarged to the whole frame (bilinear); all frames alike."""
+    least = config.data.crop_scale
+    if least == 1:
+        return video
+    numbers = torch.from_numpy(uniforms(hashed(config.train.seed, Stream.FRAME_CROP, positions), 3)).float()
+    scale = least + (1 - least) * numbers[:, 0]
+    transform = torch.zeros(len(video), 2, 3)
+    transform[:, 0, 0] = transform[:, 1, 1] = scale
+    transform[:, :, 2] = (2 * numbers[:, 1:] - 1) * (1 - scale)[:, None]  # the square stays inside the frame
+    grid = F.affine_grid(transform, [len(video), 1, *video.shape[-2:]], align_corners=False)
+    return F.grid_sample(video.flatten(1, 2), grid, padding_mode="border", align_corners=False).view_as(video)
 
 
 def _frame_mask(visits: Visits, num_frames: int) -> Tensor:

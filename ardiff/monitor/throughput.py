@@ -1,4 +1,4 @@
-"""Throughput: a closed formula for the FLOPs of a clip, peak rates of known devices, and the clock of a step."""
+"""Throughput: FLOPs of a clip (the DiT has a closed formula), peak rates of known devices, the clock of a step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ardiff.config import ModelConfig, VAEConfig
+from ardiff.models import build_arvae
 
 # Dense bf16 FLOP/s without sparsity, from the data sheets. Unknown devices have no MFU rather than a flattering one.
 PEAK_FLOPS = {"A800": 312e12, "A100": 312e12, "H800": 989e12, "H100": 989e12, "H200": 989e12}
@@ -29,14 +32,17 @@ def dit_flops(config: ModelConfig, num_frames: int | None = None) -> float:
     return config.depth * (linear + modulation + attention) + ends
 
 
-def arvae_flops(config: VAEConfig) -> float:
-    """Forward FLOPs of encoding and decoding one frame, transformer layers and patch projections."""
-    patches = (config.image_size // config.patch_size) ** 2
-    tokens, width = patches + config.num_tokens, config.hidden_size
-    layer = 2 * tokens * width * width * 12 + 4 * tokens**2 * width
-    painted = config.patch_size + 2 * (config.patch_size // 2)
-    ends = 2 * patches * width * (3 * config.patch_size**2 + 3 * painted**2 + 2 * config.num_tokens)
-    return (config.encoder_depth + config.decoder_depth) * layer + ends
+def arvae_flops(config: VAEConfig, num_frames: int = 1) -> float:
+    """Forward FLOPs of encoding and decoding a clip, as torch counts them (a masked product as a whole one).
+
+    num_frames: above 1 with the parts of a temporal decoder that read other frames.
+    """
+    with torch.device("meta"):
+        network = build_arvae(config)
+        video = torch.empty(1, num_frames, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            network.decode(network.encode(video), temporal=num_frames > 1)
+    return float(counter.get_total_flops())
 
 
 def peak_flops(device: torch.device) -> float | None:

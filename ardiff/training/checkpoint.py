@@ -36,6 +36,7 @@ from ardiff.training.flat import FlatState
 
 log = logging.getLogger("ardiff")
 FORMAT_VERSION = 1
+ADVERSARY = "discriminator."  # what names of its parameters begin with; its groups come last and have no average
 
 
 @dataclass
@@ -53,6 +54,7 @@ class State:
     precision: str
     world_size: int
     layout: list[list[tuple[str, list[int]]]]  # per group: name and shape of every parameter, in order
+    phase: int = 0  # of train.phases, that of the step before
     latent_space: dict[str, Any] | None = None  # see LatentSpace; None for an AR-VAE
     mixture: list[list[Any]] = field(default_factory=list)  # [position, weights] of every change of weights
     bad_samples: list[list[Any]] = field(default_factory=list)  # [position, shard, offset, reason]: replaced ones
@@ -145,6 +147,11 @@ def _directories(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
+def exists_in(run_dir: Path) -> bool:
+    """Whether a run has any checkpoint, valid or not."""
+    return bool(_directories(run_dir / "checkpoints"))
+
+
 def problem_with(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when every file is as its manifest says."""
     try:
@@ -213,8 +220,8 @@ def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objec
     """Restore this rank's share of a checkpoint, which may have been written by another number of ranks."""
     read = range_reader(checkpoint, state)
     flat.load(read, state.adam_steps)  # the caller then updates the weights of the model, which is collective
-    for group, (start, end) in enumerate(flat.ranges()):
-        flat.fill(group, ema.partitions[group], read(f"group{group}.ema", start, end))
+    for group, average in enumerate(ema.partitions):
+        flat.fill(group, average, read(f"group{group}.ema", *flat.ranges()[group]))
     ema.num_updates = state.ema_updates
     buffers = dict(objective.named_buffers())
     with safe_open(checkpoint / "state_rank0.safetensors", framework="pt") as file:
@@ -224,11 +231,16 @@ def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objec
 
 
 def full_weights(checkpoint: Path, vector: str = "ema") -> dict[str, Tensor]:
-    """Parameter name -> fp32 tensor, put together from all slices; `vector` is `ema` or `master`."""
+    """Parameter name -> fp32 tensor, put together from all slices; `vector` is `ema` or `master`.
+
+    Without those of a discriminator: it serves training only.
+    """
     state = read_state(checkpoint)
     read = range_reader(checkpoint, state)
     weights: dict[str, Tensor] = {}
     for group, layout in enumerate(state.layout):
+        if layout[0][0].startswith(ADVERSARY):
+            continue
         offset = 0
         for name, shape in layout:
             numel = int(torch.Size(shape).numel())

@@ -25,11 +25,15 @@ class ShardedEMA:
     def _masters(self) -> list[Tensor]:
         return [master.detach() for master in self._optimizer.single_partition_of_fp32_groups]
 
-    def update(self) -> None:
-        """Once per optimizer step that changed the weights."""
+    def update(self, learns: list[bool]) -> None:
+        """Once per optimizer step that changed the weights; learns: which groups did, the others keep their average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        torch._foreach_lerp_(self.partitions, self._masters, 1 - decay)
+        averages, masters = (
+            [part for part, learnt in zip(parts, learns, strict=True) if learnt]
+            for parts in (self.partitions, self._masters)
+        )
+        torch._foreach_lerp_(averages, masters, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

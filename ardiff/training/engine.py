@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from ardiff.config import Config
 from ardiff.data.stream import GlobalBatch
 from ardiff.errors import UserError
+from ardiff.models.temporal import is_temporal
 from ardiff.terms import Terms
+from ardiff.training.adversary import Adversary, DiscriminatorObjective
+from ardiff.training.checkpoint import ADVERSARY
 from ardiff.training.distributed import World
 
 log = logging.getLogger("ardiff")
@@ -83,35 +86,62 @@ def accumulation_steps(config: Config, world_size: int) -> int:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups in the order of `named_parameters`: matrices decay, vectors (biases, norms) do not."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """Groups in the order of `named_parameters`: matrices decay, vectors (biases, norms) do not; those that read other
+    frames (a temporal decoder's) follow in groups of their own, which may be frozen apart from the rest.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named if is_temporal(name) == temporal and (p.ndim >= 2) == decays],
+            "decay": decays,
+        }
+        for temporal in (False, True)
+        for decays in (True, False)
     ]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": group["params"], "weight_decay": weight_decay if group["decay"] else 0.0}
+        for group in groups
+        if group["params"]
+    ]
+
+
+class FreezingAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups with a learning rate of 0 alone: frozen parameters keep moments and step count."""
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of the groups that learn."""
+        everything = self.param_groups
+        self.param_groups = [group for group in everything if group["lr"] > 0]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = everything
+
+
+def warm_up(config: Config, step: int) -> float:
+    """The share of its learning rate that optimizer step `step` (from 1) has."""
+    return min(1.0, step / config.train.warmup_steps) if config.train.warmup_steps else 1.0
 
 
 def learning_rate(config: Config, step: int) -> float:
     """Learning rate of optimizer step `step` (from 1): constant phases after a linear warm-up."""
-    train = config.train
-    warmup = min(1.0, step / train.warmup_steps) if train.warmup_steps else 1.0
-    end = 0
-    for phase in train.phases:
-        end += phase.steps
-        if step <= end:
-            return phase.lr * warmup
-    return train.phases[-1].lr * warmup
+    return config.phase_of(step).lr * warm_up(config, step)
 
 
 class Engine:
-    """Forward, backward and optimizer step of one global batch under ZeRO-1/2."""
+    """Forward, backward and optimizer step of one global batch under ZeRO-1/2.
 
-    def __init__(self, objective: nn.Module, config: Config, ds_settings: dict[str, Any], world: World) -> None:
-        import deepspeed
-        import pydantic
-        from deepspeed.runtime.config import DeepSpeedConfigError
+    discriminator: makes the stage `adversarial` possible; see `Adversary`.
+    """
 
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: Config,
+        ds_settings: dict[str, Any],
+        world: World,
+        discriminator: nn.Module | None = None,
+    ) -> None:
         self.config, self.world = config, world
         self.accumulation = accumulation_steps(config, world.size)
         train = config.train
@@ -127,18 +157,36 @@ class Engine:
             self.ds_config.pop(key, None)
         if ds_settings.get("bf16", {}).get("enabled"):
             self.ds_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-        optimizer = torch.optim.AdamW(
-            parameter_groups(objective, train.weight_decay),
-            lr=learning_rate(config, 1),
+        groups = parameter_groups(objective, train.weight_decay)
+        self._parameters: list[list[nn.Parameter]] = [group["params"] for group in groups]
+        self.deepspeed = self._initialize(objective, groups)
+        self.adversary: Adversary | None = None
+        if discriminator is not None:
+            module = DiscriminatorObjective(discriminator)
+            self.adversary = Adversary(self._initialize(module, parameter_groups(module, train.weight_decay)))
+        self.elements_per_frame = int(objective.elements_per_frame)  # type: ignore[arg-type]
+
+    def _initialize(self, module: nn.Module, groups: list[dict[str, Any]]) -> Any:
+        """A DeepSpeed engine of this module and these groups of its parameters."""
+        import deepspeed
+        import pydantic
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+        train = self.config.train
+        if FreezingAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # which are compared by type
+            ZERO_SUPPORTED_OPTIMIZERS.append(FreezingAdamW)
+        optimizer = FreezingAdamW(
+            groups,
+            lr=learning_rate(self.config, 1),
             betas=(train.betas[0], train.betas[1]),
             eps=train.adam_eps,
-            fused=world.device.type == "cuda",
+            fused=self.world.device.type == "cuda",
         )
         try:
-            self.deepspeed, _, _, _ = deepspeed.initialize(model=objective, optimizer=optimizer, config=self.ds_config)
+            return deepspeed.initialize(model=module, optimizer=optimizer, config=dict(self.ds_config))[0]
         except (pydantic.ValidationError, DeepSpeedConfigError) as error:
             raise UserError(f"--ds_config: DeepSpeed refuses it ({' '.join(str(error).split())})") from error
-        self.elements_per_frame = int(objective.elements_per_frame)  # type: ignore[arg-type]
 
     @property
     def precision(self) -> str:
@@ -151,26 +199,56 @@ class Engine:
         return self.deepspeed.module
 
     @property
+    def optimizers(self) -> list[Any]:
+        """ZeRO's, of the network and then of the discriminator."""
+        return [self.deepspeed.optimizer] + ([self.adversary.deepspeed.optimizer] if self.adversary else [])
+
+    def parameter_names(self) -> dict[int, str]:
+        """id of every parameter -> its name in checkpoints."""
+        names = {id(parameter): name for name, parameter in self.objective.named_parameters()}
+        if self.adversary is not None:
+            names |= {id(p): f"{ADVERSARY}{name}" for name, p in self.adversary.network.named_parameters()}
+        return names
+
+    @property
     def skipped_steps(self) -> int:
         """Steps without an update since the run began, because gradients were not finite."""
         return self.deepspeed.skipped_steps
+
+    def learns(self) -> list[bool]:
+        """Which groups of the network's parameters are not frozen."""
+        return [any(parameter.requires_grad for parameter in parameters) for parameters in self._parameters]
+
+    def _set_learning_rates(self, step: int) -> None:
+        lr = learning_rate(self.config, step)
+        for learns, group in zip(self.learns(), self.deepspeed.optimizer.param_groups, strict=True):
+            group["lr"] = lr if learns else 0.0
+        if self.adversary is not None:
+            own = self.config.vae.discriminator_lr * warm_up(self.config, step)
+            self.adversary.set_learning_rate(own or lr)
 
     def step(self, batch: GlobalBatch, step: int) -> tuple[list[Terms], bool]:
         """Train on one global batch; returns this rank's loss terms per micro-batch and whether weights changed.
 
         The gradient is that of (sum over unmasked elements) / (their count in the global batch).
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
+        self._set_learning_rates(step)
+        adversary = self.adversary if self.config.phase_of(step).stage == "adversarial" else None
+        extra = {} if adversary is None else {"judge": adversary.judge, "trust": self.config.adversarial_ramp(step)}
         # DeepSpeed averages gradients over ranks; multiplying by their number makes it the sum.
         scale = self.world.size / (batch.num_frames * self.elements_per_frame)
         all_terms: list[Terms] = []
         for micro_batch in batch.micro_batches:
             on_device = {name: part.to(self.world.device, non_blocking=True) for name, part in micro_batch.items()}
-            terms: Terms = self.deepspeed(on_device)
+            terms: Terms = self.deepspeed(on_device, **extra)
             # DeepSpeed's coalesce_grad_reduction would reduce once per step, but it adds up micro-batches in bf16.
             self.deepspeed.backward(terms["loss"][0] * scale, scale_wrt_gas=False)
             self.deepspeed.step()  # updates at the last micro-batch only
+            if adversary is not None:
+                terms = {
+                    **terms,
+                    **adversary.learn(on_device["video"], on_device["mask"], self.world.size / batch.num_frames),
+                }
             all_terms.append({name: (total.detach(), count) for name, (total, count) in terms.items()})
         return all_terms, self.deepspeed.was_step_applied()
 

@@ -7,7 +7,7 @@ padding. `FlatState` maps between this rank's padded slices and the canonical ra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +44,23 @@ def spans_of(numels: list[int], padded_offsets: list[int], start: int, end: int)
 
 
 class FlatState:
-    """This rank's slices of master weights and Adam moments inside a ZeRO-1/2 optimizer."""
+    """This rank's slices of master weights and Adam moments inside ZeRO-1/2 optimizers, whose groups are counted on."""
 
-    def __init__(self, optimizer: Any, named_parameters: dict[int, str], rank: int) -> None:
-        self._optimizer = optimizer
-        self.partitions: list[Tensor] = optimizer.single_partition_of_fp32_groups
+    def __init__(self, optimizers: Sequence[Any], named_parameters: dict[int, str], rank: int) -> None:
+        self._optimizers = list(optimizers)
+        self.partitions: list[Tensor] = []
         self.layout: list[list[tuple[str, list[int]]]] = []
         self.spans: list[list[Span]] = []
-        for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
-            self.layout.append([(named_parameters[id(p)], list(p.shape)) for p in parameters])
-            size = int(optimizer.partition_size[group])
-            offsets = optimizer.round_robin_bit16_offsets[group]
-            numels = [p.numel() for p in parameters]
-            self.spans.append(spans_of(numels, offsets, rank * size, (rank + 1) * size))
+        self._inner: list[tuple[Any, dict[str, Any]]] = []  # of each group: torch's optimizer, and its settings there
+        for optimizer in self._optimizers:
+            self.partitions += optimizer.single_partition_of_fp32_groups
+            self._inner += [(optimizer.optimizer, settings) for settings in optimizer.optimizer.param_groups]
+            for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
+                self.layout.append([(named_parameters[id(p)], list(p.shape)) for p in parameters])
+                size = int(optimizer.partition_size[group])
+                offsets = optimizer.round_robin_bit16_offsets[group]
+                numels = [p.numel() for p in parameters]
+                self.spans.append(spans_of(numels, offsets, rank * size, (rank + 1) * size))
 
     def ranges(self) -> list[tuple[int, int]]:
         """Per group, the canonical [start, end) of this rank's slice."""
@@ -90,26 +94,29 @@ class FlatState:
     def load(self, read: Callable[[str, int, int], Tensor], adam_steps: list[int]) -> None:
         """Restore everything from `read(name, start, end)`, which yields canonical ranges (see `export`).
 
+        adam_steps: of the groups that are stored, the first ones; later groups stay as they are.
+
         The model still computes with its old weights until `publish`, which all ranks call together.
         """
-        for group, (start, end) in enumerate(self.ranges()):
+        for group, (start, end) in enumerate(self.ranges()[: len(adam_steps)]):
             master = self.partitions[group]
             with torch.no_grad():
                 self.fill(group, master, read(f"group{group}.master", start, end))
             moments = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
             for name, moment in moments.items():
                 self.fill(group, moment, read(f"group{group}.{name}", start, end))
-            device = master.device if self._optimizer.optimizer.param_groups[group].get("fused") else "cpu"
-            step = torch.tensor(float(adam_steps[group]), device=device)
-            self._optimizer.optimizer.state[master] = {"step": step, **moments}
+            inner, settings = self._inner[group]
+            step = torch.tensor(float(adam_steps[group]), device=master.device if settings.get("fused") else "cpu")
+            inner.state[master] = {"step": step, **moments}
 
     def publish(self) -> None:
-        """Give the master weights to the model (collective)."""
-        self._optimizer.update_lp_params()
+        """Give the master weights to the models (collective)."""
+        for optimizer in self._optimizers:
+            optimizer.update_lp_params()
 
     def adam_steps(self) -> list[int]:
         """Adam's step count per group."""
         return [int(self._adam(group).get("step", 0)) for group in range(len(self.partitions))]
 
     def _adam(self, group: int) -> dict[str, Any]:
-        return self._optimizer.optimizer.state.get(self.partitions[group], {})
+        return self._inner[group][0].state.get(self.partitions[group], {})

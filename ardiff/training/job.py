@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ardiff.config import Config
+from ardiff.config import Config, Phase
 from ardiff.data.clips import Collate
 from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture
 
 Preview = Callable[[nn.Module], dict[str, np.ndarray]]  # network -> tag -> video uint8 [F, H, W, 3]
+Validate = Callable[[nn.Module], dict[str, Any]]  # network -> name -> number or list of numbers
+
+
+@dataclass
+class Feed:
+    """Where the batches of a phase come from, and what a clip of it costs."""
+
+    data: Mixture
+    collate: Collate
+    flops_per_clip: float  # forward
+    tokens_per_clip: int
+    counts_as: int = 1  # what a clip counts in the configuration's batch sizes: 1, or its frames for an AR-VAE
 
 
 @dataclass
@@ -23,10 +36,26 @@ class Job:
     name: str
     config: Config
     build_objective: Callable[[], nn.Module]  # it holds the network as `.network`; forward(batch) -> Terms
-    data: Mixture
-    collate: Collate
-    flops_per_clip: float  # forward
-    tokens_per_clip: int
+    feeds: list[Feed]  # of each of train.phases; the same object where nothing changes
     latent_space: LatentSpace | None = None  # what the network's latents mean
     preview: Preview | None = None  # on rank 0, with EMA weights, in evaluation mode
+    validate: Validate | None = None  # the same
+    build_discriminator: Callable[[], nn.Module] | None = None  # for stages that have one
+    enter: Callable[[nn.Module, Phase], None] | None = None  # prepares the objective for a phase
+    initialise: Callable[[nn.Module], None] | None = None  # gives a new run's network weights to start from
     notes: list[str] = field(default_factory=list)  # for the log, once
+
+    @property
+    def data(self) -> Mixture:
+        """The videos; all phases have the same."""
+        return self.feeds[0].data
+
+    def check(self, world_size: int) -> None:
+        """Refuse batches that the data cannot give, in any phase. Raises UserError."""
+        for feed in self.feeds:
+            feed.data.check(self.config.train.global_batch_size // feed.counts_as, world_size)
+
+    def continue_with(self, history: list[list[Any]], position: int) -> bool:
+        """See `Mixture.continue_with`; all phases mix alike."""
+        every = {id(feed.data): feed.data for feed in self.feeds}.values()
+        return all([data.continue_with(history, position) for data in every])  # noqa: C419 - of each, whatever it says

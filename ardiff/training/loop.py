@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ardiff.data.clips import BAD_IN_A_ROW, BadSample, count_bad
 from ardiff.data.stream import BatchStream, GlobalBatch
@@ -20,7 +22,7 @@ from ardiff.training.distributed import World
 from ardiff.training.ema import ShardedEMA
 from ardiff.training.engine import Engine, learning_rate
 from ardiff.training.flat import FlatState
-from ardiff.training.job import Job
+from ardiff.training.job import Feed, Job
 from ardiff.training.stop import StopSignal
 
 log = logging.getLogger("ardiff")
@@ -45,17 +47,28 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
             objective = job.build_objective()
-        self.engine = Engine(objective, config, ds_settings, world)
-        zero = self.engine.deepspeed.optimizer
-        names = {id(parameter): name for name, parameter in self.engine.objective.named_parameters()}
-        self.flat = FlatState(zero, names, world.rank)
-        self.ema = ShardedEMA(zero, config.train.ema_decay)
+            discriminator = job.build_discriminator() if job.build_discriminator else None
+        if job.initialise is not None and world.from_main(lambda: not checkpoint.exists_in(folder)):
+            mistake: UserError | None = None
+            try:
+                job.initialise(objective.network)  # type: ignore[arg-type]
+            except UserError as error:
+                mistake = error
+            world.agree(mistake)
+        self.engine = Engine(objective, config, ds_settings, world, discriminator)
+        self.flat = FlatState(self.engine.optimizers, self.engine.parameter_names(), world.rank)
+        self.ema = ShardedEMA(self.engine.optimizers[0], config.train.ema_decay)
         self.step, self.samples = 0, 0
         self.bad_samples: list[BadSample] = []  # of all ranks, in the order of the run
         self._bad_here: list[BadSample] = []  # of this rank, since the ranks last met
         self.clock = Clock()
-        # Decided by the rank that draws: all enter the averaged weights together, or none does.
-        self.has_previews = bool(world.from_main(lambda: config.train.sample_every and job.preview is not None))
+        # Decided by the rank that works: all enter the averaged weights together, or none does.
+        self.sample_every, self.validate_every = world.from_main(
+            lambda: (
+                config.train.sample_every if job.preview is not None else 0,
+                config.train.validate_every if job.validate is not None else 0,
+            )
+        )
         self._skipped_in_a_row = 0
 
     def resume(self) -> None:
@@ -75,18 +88,24 @@ class Trainer:
         self.engine.deepspeed.skipped_steps = state.skipped_steps
         self.step, self.samples = state.step, state.samples
         self.bad_samples = [BadSample(*entry) for entry in state.bad_samples]
-        if self.job.data.continue_with(state.mixture, state.samples) and self.world.is_main:
+        if self.job.continue_with(state.mixture, state.samples) and self.world.is_main:
             log.warning("mixing with other weights from here on: %s", self.job.data.history[-1].weights)
         if self.world.is_main:
             log.info("resumed from %s (step %d, %d samples)", found, self.step, self.samples)
 
+    @property
+    def feed(self) -> Feed:
+        """Where the next step's batch comes from."""
+        return self.job.feeds[self.config.phase_number(self.step + 1)]
+
     def open_stream(self) -> BatchStream:
         """Batches of this rank from the current position on."""
+        feed = self.feed
         return BatchStream(
-            self.job.data,
-            self.job.collate,
-            global_batch_size=self.config.train.global_batch_size,
-            micro_batch_size=self.config.train.micro_batch_size,
+            feed.data,
+            feed.collate,
+            global_batch_size=self.config.train.global_batch_size // feed.counts_as,
+            micro_batch_size=self.config.train.micro_batch_size // feed.counts_as,
             rank=self.world.rank,
             world_size=self.world.size,
             position=self.samples,
@@ -94,15 +113,25 @@ class Trainer:
             pin_memory=self.world.device.type == "cuda",
         )
 
+    def next_batch(self, stream: BatchStream) -> tuple[BatchStream, GlobalBatch]:
+        """The next global batch, and the stream it comes from: another one where a phase with other clips begins."""
+        if stream.collate is not self.feed.collate:
+            stream.close()
+            stream = self.open_stream()
+        with self.clock.waiting_for_data():
+            return stream, next(stream)
+
     def train_step(self, batch: GlobalBatch) -> list[Terms]:
         """One optimizer step, EMA included."""
+        if self.job.enter is not None:
+            self.job.enter(self.engine.objective, self.config.phase_of(self.step + 1))
         terms, applied = self.engine.step(batch, self.step + 1)
         self._bad_here += batch.bad
         self.step += 1
         self.samples += batch.size
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied:
-            self.ema.update()
+            self.ema.update(self.engine.learns())
         elif self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
                 f"step {self.step}: gradients were not finite in {self._skipped_in_a_row} steps in a row; lower "
@@ -135,8 +164,9 @@ class Trainer:
             "`python -m data_tools.inspect_shards repair`, or allow more"
         )
 
-    def report(self, terms: list[Terms], writer: MetricsWriter | None) -> None:
+    def report(self, terms: list[Terms], writer: MetricsWriter | None, validation: dict[str, Any]) -> None:
         """Metrics of this step (collective); speeds are means since the last report."""
+        feed = self.job.feeds[self.config.phase_number(self.step)]
         self.world.agree(self.meet_bad_samples())
         means = mean_terms(terms, self.world.sum)
         grad_norm = float(self.engine.grad_norm())
@@ -144,8 +174,8 @@ class Trainer:
         waits = self.world.gather(speed["data_wait_frac"])
         if writer is None:
             return
-        per_second = self.config.train.global_batch_size / speed["seconds_per_step"]
-        flops = 3 * self.job.flops_per_clip * per_second / self.world.size
+        per_second = self.config.train.global_batch_size // feed.counts_as / speed["seconds_per_step"]
+        flops = 3 * feed.flops_per_clip * per_second / self.world.size
         peak = peak_flops(self.world.device)
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.world.device.type == "cuda" else None
         writer.write(
@@ -158,13 +188,14 @@ class Trainer:
                 "skipped_steps": self.engine.skipped_steps,
                 "bad_samples": count_bad(self.bad_samples, 1)[0],
                 "clips_per_s": per_second,
-                "tokens_per_s": per_second * self.job.tokens_per_clip,
+                "tokens_per_s": per_second * feed.tokens_per_clip,
                 "tflops_per_gpu": flops / 1e12,
                 "mfu": flops / peak if peak else None,
                 "data_wait_frac": max(waits),
                 "step_ms": 1000 * speed["seconds_per_step"],
                 "peak_memory_gb": memory,
                 **means,
+                **validation,
             }
         )
 
@@ -196,24 +227,43 @@ class Trainer:
             precision=self.engine.precision,
             world_size=self.world.size,
             layout=self.flat.layout,
+            phase=self.config.phase_number(self.step),
             latent_space=self.job.latent_space.as_json() if self.job.latent_space else None,
             versions=run_dir.versions(),
         )
 
     def preview(self, writer: MetricsWriter | None) -> None:
-        """Sample videos with the averaged weights (all ranks enter, rank 0 draws)."""
+        """Sample videos with the averaged weights (collective)."""
+        videos = self._averaged(self.job.preview, "sample videos")
+        for tag, video in videos.items():
+            assert writer is not None  # only rank 0 has videos
+            writer.add_video(tag, video, self.step, self.config.sampling.fps)
+
+    def is_due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never), and after the last, is due."""
+        return bool(every) and (self.step % every == 0 or self.step == self.config.max_steps)
+
+    def validate(self) -> dict[str, Any]:
+        """Where it is due: what the averaged weights do on held-out videos (collective); empty on all but rank 0."""
+        if not self.is_due(self.validate_every):
+            return {}
+        with self.clock.paused():
+            return self._averaged(self.job.validate, "validation")
+
+    def _averaged(self, work: Callable[[nn.Module], dict[str, Any]] | None, what: str) -> dict[str, Any]:
+        """What rank 0 finds with the averaged weights in evaluation mode; all ranks enter."""
+        found: dict[str, Any] = {}
         with self.ema.swapped_in():
-            if writer is not None and self.job.preview is not None:
+            if self.world.is_main and work is not None:
                 objective = self.engine.objective.eval()
                 try:  # a failure here must neither end a run of weeks nor leave the other ranks waiting
                     with torch.no_grad():
-                        videos = self.job.preview(objective.network)  # type: ignore[arg-type]
-                    for tag, video in videos.items():
-                        writer.add_video(tag, video, self.step, self.config.sampling.fps)
+                        found = work(objective.network)  # type: ignore[arg-type]
                 except Exception:
-                    log.exception("no sample videos at step %d", self.step)
+                    log.exception("no %s at step %d", what, self.step)
                 objective.train()
             self.world.barrier()
+        return found
 
 
 def train(trainer: Trainer) -> Outcome:
@@ -228,17 +278,16 @@ def train(trainer: Trainer) -> Outcome:
     with StopSignal(world) as stop:
         try:
             while trainer.step < last:
-                with clock.waiting_for_data():
-                    batch = next(stream)
+                stream, batch = trainer.next_batch(stream)
                 terms = trainer.train_step(batch)
-                if trainer.step % config.train.log_every == 0 or trainer.step == last:
-                    trainer.report(terms, writer)
+                if trainer.is_due(config.train.log_every) or trainer.is_due(trainer.validate_every):
+                    trainer.report(terms, writer, trainer.validate())
                 signal_name = stop.agreed()
                 with clock.paused():
                     if trainer.step % config.train.save_every == 0:
                         trainer.save(writer)
                         saved = trainer.step
-                    if trainer.has_previews and trainer.step % config.train.sample_every == 0:
+                    if trainer.sample_every and trainer.step % trainer.sample_every == 0:
                         trainer.preview(writer)
                 if signal_name and trainer.step < last:
                     reason = signal_name

@@ -110,7 +110,7 @@ def _prepare(
     world_size = int(os.environ["WORLD_SIZE"])
     accumulation_steps(config, world_size)
     job = build_job(config)
-    job.data.check(config.train.global_batch_size, world_size)
+    job.check(world_size)
     return options.run_dir, config, ds_settings, job
 
 

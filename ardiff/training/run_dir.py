@@ -18,7 +18,7 @@ import torch
 from ardiff.config import Config, differences, load, to_yaml
 from ardiff.errors import UserError
 from ardiff.files import write_json, write_text
-from ardiff.training.checkpoint import State
+from ardiff.training.checkpoint import ADVERSARY, State
 
 log = logging.getLogger("ardiff")
 RUNNING = "running"  # in exit.json until the run has ended: what a kill leaves
@@ -98,7 +98,10 @@ def check_state(state: State, now: State, checkpoint: Path) -> None:
                 f"{checkpoint}: was trained with another {what} ({old} -> {new}); {remedy}, or a new --run_dir"
             )
 
-    before, after = ([entry for group in layout for entry in group] for layout in (state.layout, now.layout))
+    known = now.layout
+    if not any(group[0][0].startswith(ADVERSARY) for group in state.layout):  # a stage with one was added: it is new
+        known = [group for group in known if not group[0][0].startswith(ADVERSARY)]
+    before, after = ([entry for group in layout for entry in group] for layout in (state.layout, known))
     for old_entry, new_entry in zip_longest(before, after):
         if old_entry != new_entry:
             raise UserError(

@@ -22,6 +22,7 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
 from ardiff.files import replacing, write_json, write_text
 from ardiff.models import build_arvae, build_dit
+from ardiff.models.temporal import is_temporal
 from ardiff.training.checkpoint import full_weights, newest_valid, problem_with, read_state
 
 if TYPE_CHECKING:
@@ -101,9 +102,12 @@ def load_arvae(source: Path) -> tuple[ARVAE | ReferenceARVAE, str]:
 
 
 def arvae_id(vae: VAEConfig, weights: dict[str, Tensor]) -> str:
-    """The id of an auto-encoder: a hash of configuration and weights."""
+    """The id of an auto-encoder: a hash of configuration and weights.
+
+    Without those by which a decoder reads other frames: they may be trained by themselves, and decode the same latents.
+    """
     digest = hashlib.sha256(_description(vae).encode())
-    for name in sorted(weights):
+    for name in sorted(name for name in weights if not is_temporal(name)):
         digest.update(name.encode() + weights[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.benchmarks import data_loader, data_preparation, sampling, start_and_resume
+from tests.benchmarks import autoencoder, data_loader, data_preparation, sampling, start_and_resume
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -53,3 +53,10 @@ def test_preparation(capsys):
     assert len(found["Decoding, one process"]) == 4
     rates = {row[0]: row[1] for row in found["Programs, start included"]}
     assert len(rates) == 3 and all(rate != "0" for rate in rates.values())
+
+
+@pytest.mark.launcher
+def test_autoencoder(capsys):
+    assert autoencoder.main(["--quick", "--frames", "4"]) == 0
+    (row,) = tables(capsys.readouterr().out)["Auto-encoders: frames per second, clips of 4 frames"]
+    assert row[:3] == ["arvae_tiny_stages", "0.3 M", "0.1 M"] and all(float(rate) > 0 for rate in row[6:])

@@ -291,6 +291,34 @@ def test_pictures_are_mirrored_checked_and_replaced(tmp_path):
     assert torch.equal(result.tensors["video"][~torch.from_numpy(hit)], video[~torch.from_numpy(hit)])
 
 
+def enlarged(pictures, scale, y, x):
+    """The square of side `scale` whose centre lies at y, x in [-1, 1] of where it may lie: pictures [F, S, S, 3]."""
+    size = pictures.shape[1]
+    offsets = (np.arange(size) + 0.5) * scale + (1 - scale) * size / 2 - 0.5
+    for axis, place in ((1, y), (2, x)):
+        at = np.clip(offsets + place * (1 - scale) * size / 2, 0, size - 1)
+        low = np.minimum(at.astype(int), size - 2)
+        share = (at - low).reshape([-1 if number == axis else 1 for number in range(4)])
+        pictures = np.take(pictures, low, axis) * (1 - share) + np.take(pictures, low + 1, axis) * share
+    return pictures
+
+
+def test_crops_of_pictures_are_one_square_per_clip_whichever_clips_are_made_together(tmp_path):
+    size, frames = 16, 3
+    write_frames(tmp_path, ((6, 6), (6,)), size)
+    config = settings("vae.image_size=16", "vae.patch_size=8", "vae.num_tokens=2", "data.crop_scale=0.4")
+    data = Mixture([Plan(open_shards(tmp_path, "frames"), 5, num_frames=frames)], [1.0])
+    clips, rows = FrameClips(data, config, frames), rows_of(data, size=24)
+    video = clips(rows).tensors["video"].permute(0, 1, 3, 4, 2).numpy()
+    numbers = uniforms(hashed(5, Stream.FRAME_CROP, rows.position), 3)
+    for row, (index, first, _, _) in enumerate(zip(*rows, strict=True)):
+        whole = np.stack([decoded(picture(index, first + frame, size)) for frame in range(frames)]) / 255
+        scale, x, y = 0.4 + 0.6 * numbers[row, 0], *(2 * numbers[row, 1:] - 1)
+        np.testing.assert_allclose(video[row], enlarged(whole, scale, y, x), atol=1e-5)
+    half = type(rows)(*(column[7:11] for column in rows))
+    np.testing.assert_array_equal(clips(half).tensors["video"].permute(0, 1, 3, 4, 2).numpy(), video[7:11])
+
+
 def rewrite_index(folder, change):
     """Let somebody change the index of the first shard and make its checksum fit."""
     path = folder / "latents-000000.index.npy"

@@ -22,7 +22,7 @@ def test_follows_the_definition_with_warm_up():
     expected = 0.0
     for n in range(20):
         zero.single_partition_of_fp32_groups[0].fill_(n + 1.0)
-        ema.update()
+        ema.update([True] * len(ema.partitions))
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * (n + 1.0)
     assert ema.partitions[0].tolist() == pytest.approx([expected] * 3)

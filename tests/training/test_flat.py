@@ -43,7 +43,7 @@ def parameters() -> list[torch.Tensor]:
 def state(world: int, rank: int, align: int) -> tuple[FlatState, FakeZero]:
     tensors = parameters()
     zero = FakeZero(tensors, world, rank, align)
-    return FlatState(zero, {id(tensor): f"p{i}" for i, tensor in enumerate(tensors)}, rank), zero
+    return FlatState([zero], {id(tensor): f"p{i}" for i, tensor in enumerate(tensors)}, rank), zero
 
 
 TOTAL = sum(tensor.numel() for tensor in parameters())
