@@ -32,6 +32,7 @@ from ardiff.models.lpips import LPIPS
 from ardiff.models.perceptual import build_perceptual
 from ardiff.models.reconstruction import ReconstructionObjective
 from ardiff.monitor.throughput import arvae_flops
+from ardiff.monitor.writers import VALIDATION
 from ardiff.training import program
 from ardiff.training.initialise import initialise
 from ardiff.training.job import Feed, Job, Preview, Validate
@@ -148,7 +149,7 @@ def _validate(config: Config, data: Mixture) -> Validate:
 
     def validate(network: nn.Module) -> dict[str, Any]:
         clips = _clips(data, -(-config.train.validation_frames // VALIDATION_CLIP), VALIDATION_CLIP, config.data.stride)
-        return {f"validation_{name}": v for name, v in reconstruction_metrics(network, clips, lpips).items()}
+        return {f"{VALIDATION}{name}": value for name, value in reconstruction_metrics(network, clips, lpips).items()}
 
     return validate
 

@@ -14,6 +14,7 @@ from ardiff.files import write_text
 from ardiff.video import gif_bytes
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation_"  # what names of figures on held-out data begin with
 
 
 class MetricsWriter:
@@ -44,6 +45,8 @@ class MetricsWriter:
                 for i, part in enumerate(value):
                     if part is not None:
                         self._board.add_scalar(f"{key}/{i:02d}", part, step)
+            elif key.startswith(VALIDATION):
+                self._board.add_scalar(f"validation/{key.removeprefix(VALIDATION)}", value, step)
             elif key != "step" and value is not None:
                 self._board.add_scalar(f"train/{key}", value, step)
         print(self._summary(metrics), flush=True)

@@ -66,3 +66,13 @@ def test_tensorboard_forgets_purged_steps_and_shows_videos(tmp_path):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     picture = events.Images("samples/00")[0]
     assert picture.encoded_image_string[:4] == b"GIF8" and (picture.height, picture.width) == (8, 6)
+
+
+def test_figures_of_held_out_data_have_charts_of_their_own(tmp_path):
+    writer = MetricsWriter(tmp_path, 1, 10)
+    writer.write(report(1, validation_psnr=21.5))
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert {"validation/psnr", "train/loss"} <= set(board.Tags()["scalars"])
+    assert board.Scalars("validation/psnr")[0].value == 21.5
