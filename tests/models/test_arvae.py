@@ -2,23 +2,12 @@ import dataclasses
 
 import pytest
 import torch
+from arvae_helpers import SMALL, frames
 from torch.nn import functional as F
 
-from ardiff.config import VAEConfig
 from ardiff.models import ARVAE
 from ardiff.models.arvae import local_average, token_places
 
-SMALL = VAEConfig(
-    image_size=16,
-    patch_size=4,
-    num_tokens=8,
-    channels=4,
-    hidden_size=16,
-    encoder_depth=1,
-    decoder_depth=1,
-    num_heads=2,
-    kl_weight=1e-5,
-)
 OTHERS = {
     "prime numbers": {"image_size": 15, "patch_size": 5, "num_tokens": 7, "channels": 3, "hidden_size": 6},
     "single pixels": {"image_size": 4, "patch_size": 1, "num_tokens": 2, "channels": 1},
@@ -26,17 +15,6 @@ OTHERS = {
     "more tokens than patches": {"patch_size": 8, "num_tokens": 64, "hidden_size": 32},
     "deep": {"encoder_depth": 3, "decoder_depth": 4},
 }
-
-
-def frames(config, batch=2, num_frames=3):
-    """A video of noise."""
-    return torch.rand(batch, num_frames, 3, config.image_size, config.image_size)
-
-
-def batch_of(config, video, noise=0.0):
-    """A training batch in which every frame counts."""
-    latents = torch.randn(*video.shape[:2], config.num_tokens, config.channels)
-    return {"video": video, "noise": noise * latents, "mask": torch.ones(video.shape[:2], dtype=torch.bool)}
 
 
 @pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS.keys())
