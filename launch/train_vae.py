@@ -27,9 +27,9 @@ from ardiff.data.mixture import Mixture, open_data
 from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
 from ardiff.metrics.reconstruction import Reconstruction, reconstruction_metrics
-from ardiff.models.discriminator import PatchDiscriminator
+from ardiff.models.discriminator import PatchDiscriminator, check_size
 from ardiff.models.lpips import LPIPS
-from ardiff.models.perceptual import build_perceptual
+from ardiff.models.perceptual import build_perceptual, measured_lpips
 from ardiff.models.reconstruction import ReconstructionObjective
 from ardiff.monitor.throughput import arvae_flops
 from ardiff.monitor.writers import VALIDATION
@@ -40,6 +40,10 @@ from ardiff.training.job import Feed, Job, Preview, Validate
 log = logging.getLogger("ardiff")
 NAME = "AR-VAE"
 PREVIEW_FRAMES = 16
+ARCHITECTURE = (  # what a run keeps of its AR-VAE; the rest of `vae` may change when it goes on
+    *("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "encoder_depth", "decoder_depth"),
+    *("num_heads", "architecture", "reference", "temporal", "window"),
+)
 VALIDATION_CLIP = 8  # frames in a row of a held-out video, for what can be seen in time only
 
 
@@ -48,25 +52,23 @@ def build_job(config: Config) -> Job:
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of frame shards made by data_tools.shard_videos")
     feeds = _feeds(config)
-    held_out = _held_out(config)
+    held_out = _held_out(config, feeds[0].data)
     shown = held_out or feeds[0].data
     measured = "none (no held-out frame shards: name them with --data.validation)"
     if held_out is not None:
         measured = f"{held_out.source}, every {config.train.validate_every} steps (0: never)"
     vae = config.vae
     adversarial = any(phase.stage == "adversarial" for phase in config.train.phases)
-    if config.train.init is not None and not Path(config.train.init).exists():
-        raise UserError(f"train.init = {config.train.init}: no such file or folder")
-    build_perceptual(vae)  # raises what there is to raise before processes connect
+    perceptual, lpips = build_perceptual(vae), measured_lpips(vae)  # now: they may refuse what the user gave
     if adversarial:
-        PatchDiscriminator.of(vae)
+        check_size(vae.image_size, vae.image_size, vae.discriminator_layers)
     return Job(
         name=NAME,
         config=config,
-        build_objective=lambda: ReconstructionObjective(vae),
+        build_objective=lambda: ReconstructionObjective(vae, perceptual),
         feeds=feeds,
         preview=_preview(config, shown) if config.train.sample_every else None,
-        validate=_validate(config, held_out) if held_out is not None and config.train.validate_every else None,
+        validate=_validate(config, held_out, lpips) if held_out is not None and config.train.validate_every else None,
         build_discriminator=(lambda: PatchDiscriminator.of(vae)) if adversarial else None,
         enter=ReconstructionObjective.enter,  # type: ignore[arg-type]
         initialise=_initialise(config.train.init) if config.train.init else None,
@@ -104,7 +106,7 @@ def _open_frames(config: Config, num_frames: int) -> Mixture:
     return data
 
 
-def _held_out(config: Config) -> Mixture | None:
+def _held_out(config: Config, trained: Mixture) -> Mixture | None:
     """Frames of videos that are not trained on: data.validation, or what shard_videos wrote beside the shards."""
     source = config.data.validation
     if source is None:
@@ -112,9 +114,11 @@ def _held_out(config: Config) -> Mixture | None:
         if not config.data.shards or is_remote(config.data.shards) or not (beside / "manifest.json").is_file():
             return None
         source = str(beside)
-    return _open_frames(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, shards=source, mixture=[])), 1
-    )
+    data = dataclasses.replace(config.data, shards=source, mixture=[], order="global")
+    held_out = _open_frames(dataclasses.replace(config, data=data), 1)
+    if any(held_out.sets[0].identity == part.identity for part in trained.sets):
+        raise UserError(f"data.validation = {source}: is what is trained on; name videos that are held out")
+    return held_out
 
 
 def _clips(data: Mixture, num_clips: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
@@ -143,11 +147,12 @@ def _preview(config: Config, data: Mixture) -> Preview:
     return preview
 
 
-def _validate(config: Config, data: Mixture) -> Validate:
+def _validate(config: Config, data: Mixture, lpips: LPIPS | None) -> Validate:
     """Quality of held-out reconstructions, and statistics of their latents."""
-    lpips = LPIPS(config.vae.lpips) if config.vae.lpips else None
 
     def validate(network: nn.Module) -> dict[str, Any]:
+        if lpips is not None:
+            lpips.to(next(network.parameters()).device)
         clips = _clips(data, -(-config.train.validation_frames // VALIDATION_CLIP), VALIDATION_CLIP, config.data.stride)
         return {f"{VALIDATION}{name}": value for name, value in reconstruction_metrics(network, clips, lpips).items()}
 
@@ -172,7 +177,7 @@ def main() -> int:
         "python launch/train_vae.py --config arvae_tiny --data.shards frames --run_dir runs/arvae",
         "arvae_tiny",
     )
-    return program.main(parser, build_job, NAME, ("vae.", "data.stride"))
+    return program.main(parser, build_job, NAME, (*(f"vae.{name}" for name in ARCHITECTURE), "data.stride"))
 
 
 if __name__ == "__main__":

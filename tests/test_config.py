@@ -296,9 +296,9 @@ def test_clips_of_the_temporal_stage_divide_the_batch_of_frames(num_frames):
     assert f"num_frames = {num_frames}" in told and "train.micro_batch_size = 16" in told
 
 
-def test_lpips_needs_its_weights():
-    overrides = ("vae.perceptual=lpips", "vae.perceptual_weight=0.1")
-    assert "needs vae.lpips" in refusal(*overrides, source="arvae_tiny")
+def test_lpips_needs_its_weights_and_a_weight():
+    assert "needs vae.lpips" in refusal("vae.perceptual=lpips", "vae.perceptual_weight=0.1", source="arvae_tiny")
+    assert "no effect" in refusal("vae.perceptual=lpips", "vae.lpips=file.pt", source="arvae_tiny")
 
 
 def test_every_step_has_a_phase():

@@ -174,8 +174,10 @@ def _impossible_training(config: Config) -> Iterator[str]:
 
 def _impossible_stages(config: Config) -> Iterator[str]:
     vae, train = config.vae, config.train
-    if vae.perceptual == "lpips" and vae.perceptual_weight and vae.lpips is None:
+    if vae.perceptual == "lpips" and vae.lpips is None:
         yield "vae.perceptual = lpips needs vae.lpips, the file with its weights; vae.perceptual = structure needs none"
+    elif vae.perceptual == "lpips" and not vae.perceptual_weight:
+        yield "vae.perceptual = lpips has no effect with vae.perceptual_weight = 0; the paper has 1.0"
     if vae.architecture == "reference" and vae.temporal:
         yield "vae.temporal: the reference architecture has vae.reference.temporal instead"
     temporal = vae.reference.temporal if vae.architecture == "reference" else vae.temporal

@@ -216,12 +216,15 @@ class Mixture:
             self.history.append(Change(position, weights))
         return changed
 
-    def check(self, global_batch_size: int, world_size: int) -> None:
-        """Refuse batches that the data or the order cannot give, with the arithmetic. Raises UserError."""
+    def check(self, global_batch_size: int, world_size: int, batch: str = "train.global_batch_size") -> None:
+        """Refuse batches that the data or the order cannot give, with the arithmetic. Raises UserError.
+
+        batch: what the number of clips in a batch is called.
+        """
         if self.visits_per_epoch < global_batch_size:
             raise UserError(
                 f"{self.source}: {len(self)} videos give {self.visits_per_epoch} clips per epoch, fewer than "
-                f"train.global_batch_size = {global_batch_size}; use more data or a smaller batch"
+                f"{batch} = {global_batch_size}; use more data or a smaller batch"
             )
         for plan, share in zip(self.plans, shares(self.history[-1].weights), strict=True):
             if plan.visits_per_epoch < share * global_batch_size:
@@ -232,8 +235,8 @@ class Mixture:
         if self.lanes > 1 and (global_batch_size % self.lanes or self.lanes % world_size):
             fitting = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             raise UserError(
-                f"data.order = lanes: train.global_batch_size = {global_batch_size} must be a multiple of data.lanes = "
-                f"{self.lanes}, and the {world_size} ranks one of {', '.join(map(str, fitting))}"
+                f"data.order = lanes: {batch} = {global_batch_size} must be a multiple of data.lanes = {self.lanes}, "
+                f"and the {world_size} ranks one of {', '.join(map(str, fitting))}"
             )
 
 

@@ -37,6 +37,15 @@ def _convolutions() -> list[list[tuple[str, int, int]]]:
     return blocks
 
 
+def check_size(height: int, width: int) -> None:
+    """Raise UserError for pictures that the blocks would halve to nothing."""
+    if min(height, width) < SMALLEST:
+        raise UserError(
+            f"vae.lpips needs pictures of at least {SMALLEST} x {SMALLEST} pixels, not {height} x {width}: leave it "
+            "out (vae.perceptual = structure), or raise vae.image_size"
+        )
+
+
 class LPIPS(nn.Module):
     """Perceptual distance of pictures a and b, each [N, 3, H, W] in about [0, 1] -> [N], each frame by itself.
 
@@ -87,11 +96,7 @@ class LPIPS(nn.Module):
         return found
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if min(a.shape[-2:]) < SMALLEST:
-            raise UserError(
-                f"vae.perceptual = lpips needs pictures of at least {SMALLEST} x {SMALLEST} pixels, "
-                f"not {a.shape[-2]} x {a.shape[-1]}: set vae.perceptual = structure or raise vae.image_size"
-            )
+        check_size(a.shape[-2], a.shape[-1])
         distances = []
         for ours, theirs, weight in zip(self.features(a), self.features(b), self.channel_weights, strict=True):
             squared = (ours - theirs).square().mean(dim=(2, 3))  # [N, C]

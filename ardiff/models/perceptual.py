@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ardiff.config import VAEConfig
 from ardiff.errors import UserError
 from ardiff.metrics.structure import ssim, wide_enough
+from ardiff.models import lpips
 from ardiff.models.lpips import LPIPS
 
 SMALLEST = 4  # pixels of a side, of the picture and of its smallest octave
@@ -33,6 +34,15 @@ def octaves(picture: Tensor) -> list[Tensor]:
     return scales
 
 
+def check_size(height: int, width: int) -> None:
+    """Raise UserError for pictures that are too small to compare."""
+    if min(height, width) < SMALLEST:
+        raise UserError(
+            f"vae.perceptual = structure needs pictures of at least {SMALLEST} x {SMALLEST} pixels, "
+            f"not {height} x {width}: raise vae.image_size or set vae.perceptual_weight = 0"
+        )
+
+
 class StructureLoss(nn.Module):
     """Difference in structure between pictures a and b: image gradients and SSIM at several scales.
 
@@ -49,11 +59,7 @@ class StructureLoss(nn.Module):
     """
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        if min(a.shape[-2:]) < SMALLEST:
-            raise UserError(
-                f"vae.perceptual = structure needs pictures of at least {SMALLEST} x {SMALLEST} pixels, "
-                f"not {a.shape[-2]} x {a.shape[-1]}: raise vae.image_size or set vae.perceptual_weight = 0"
-            )
+        check_size(a.shape[-2], a.shape[-1])
         scales = zip(octaves(wide_enough(a)), octaves(wide_enough(b)), strict=True)
         return torch.stack([1 - ssim(x, y) + gradient_difference(x, y) for x, y in scales]).mean(dim=0)
 
@@ -66,7 +72,16 @@ def build_perceptual(config: VAEConfig) -> nn.Module | None:
     if config.perceptual_weight == 0:
         return None
     if config.perceptual == "structure":
+        check_size(config.image_size, config.image_size)
         return StructureLoss()
     if config.lpips is None:
         raise UserError("vae.perceptual = lpips needs vae.lpips, the file with its weights")
+    return measured_lpips(config)
+
+
+def measured_lpips(config: VAEConfig) -> LPIPS | None:
+    """LPIPS with the weights of vae.lpips, None without. Raises UserError as `LPIPS`, for small frames too."""
+    if config.lpips is None:
+        return None
+    lpips.check_size(config.image_size, config.image_size)
     return LPIPS(config.lpips)

@@ -10,7 +10,6 @@ from ardiff.config import Phase, VAEConfig
 from ardiff.models.adversarial import adaptive_weight, watching
 from ardiff.models.build import build_arvae
 from ardiff.models.discriminator import hinge_generator
-from ardiff.models.perceptual import build_perceptual
 from ardiff.models.temporal import is_temporal
 from ardiff.terms import Terms
 
@@ -24,16 +23,15 @@ class ReconstructionObjective(nn.Module):
             + kl_weight * KL) + adversarial_weight * adaptive * hinge
 
     with the perceptual loss and the KL term as means, and adaptive = |gradient of reconstruction| / |of hinge| at the
-    last layer, over a micro-batch.
+    last layer, over a micro-batch. perceptual: of `build_perceptual(config)`, None without.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, perceptual: nn.Module | None = None) -> None:
         super().__init__()
         self.network = build_arvae(config)
         self.config = config
         self.elements_per_frame = 3 * config.image_size**2
         # In a list, so that it is neither trained nor stored with the network.
-        perceptual = build_perceptual(config)
         self._perceptual = [] if perceptual is None else [perceptual]
         self._temporal = False
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ardiff.errors import UserError
 from ardiff.models.embeddings import apply_rotary, rotary_tables
 
-ROTARY_BASE = 100.0  # periods of 6 to 600 frames: windows have tens of frames
+ROTARY_BASE = 100.0  # periods of 6 to some hundreds of frames: windows have tens of them
 PIECE = 16  # frames that are decoded at a time, at least, where a long video is cut into pieces
 QUERIES_AT_ONCE = 64  # few: masked reading is work thrown away, and a single frame needs no mask
 

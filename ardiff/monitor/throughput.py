@@ -35,7 +35,8 @@ def dit_flops(config: ModelConfig, num_frames: int | None = None) -> float:
 def arvae_flops(config: VAEConfig, num_frames: int = 1) -> float:
     """Forward FLOPs of encoding and decoding a clip, as torch counts them (a masked product as a whole one).
 
-    num_frames: above 1 with the parts of a temporal decoder that read other frames.
+    num_frames: above 1 with the parts of a temporal decoder that read other frames. What training adds besides three
+    times this (a discriminator, a perceptual loss) or saves (frozen parameters) is not in it.
     """
     with torch.device("meta"):
         network = build_arvae(config)

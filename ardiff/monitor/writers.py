@@ -45,10 +45,10 @@ class MetricsWriter:
                 for i, part in enumerate(value):
                     if part is not None:
                         self._board.add_scalar(f"{key}/{i:02d}", part, step)
-            elif key.startswith(VALIDATION):
-                self._board.add_scalar(f"validation/{key.removeprefix(VALIDATION)}", value, step)
             elif key != "step" and value is not None:
-                self._board.add_scalar(f"train/{key}", value, step)
+                held_out = key.startswith(VALIDATION)
+                tag = f"validation/{key.removeprefix(VALIDATION)}" if held_out else f"train/{key}"
+                self._board.add_scalar(tag, value, step)
         print(self._summary(metrics), flush=True)
 
     def add_video(self, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
@@ -76,10 +76,12 @@ class MetricsWriter:
         left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_steps - step)))
         filled = round(20 * step / self.max_steps)
         mfu = f" mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
+        measured = metrics.get(f"{VALIDATION}psnr")
+        psnr = "" if measured is None else f" held-out PSNR {measured:.2f} dB"
         return (
             f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.max_steps} loss {metrics['loss']:.4f} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} {metrics['clips_per_s']:.1f} clips/s "
-            f"data wait {metrics['data_wait_frac']:.0%}{mfu} left {left}"
+            f"data wait {metrics['data_wait_frac']:.0%}{mfu}{psnr} left {left}"
         )
 
 

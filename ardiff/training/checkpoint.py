@@ -47,7 +47,7 @@ class State:
     samples: int  # consumed, over all ranks: the position in the order of the data
     skipped_steps: int
     adam_steps: list[int]
-    ema_updates: int
+    ema_updates: list[int]  # per group
     seed: int
     order: str
     data_identity: str
@@ -189,6 +189,8 @@ def read_state(checkpoint: Path) -> State:
     if value.get("format") != FORMAT_VERSION:
         raise UserError(f"{checkpoint}: format {value.get('format')}, this version reads format {FORMAT_VERSION}")
     value["layout"] = [[(name, list(shape)) for name, shape in group] for group in value["layout"]]
+    if isinstance(value.get("ema_updates"), int):  # of before groups could be frozen
+        value["ema_updates"] = [value["ema_updates"]] * len(value["layout"])
     value["slices"] = [[(start, end) for start, end in groups] for groups in value["slices"]]
     try:
         return State(**value)
@@ -222,7 +224,7 @@ def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objec
     flat.load(read, state.adam_steps)  # the caller then updates the weights of the model, which is collective
     for group, average in enumerate(ema.partitions):
         flat.fill(group, average, read(f"group{group}.ema", *flat.ranges()[group]))
-    ema.num_updates = state.ema_updates
+    ema.num_updates = list(state.ema_updates)
     buffers = dict(objective.named_buffers())
     with safe_open(checkpoint / "state_rank0.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dictionary

@@ -13,13 +13,14 @@ from torch import Tensor
 class ShardedEMA:
     """Average of this rank's slices of the master weights; no rank ever holds a full copy.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, as in the reference.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates of a group of parameters, as in the reference:
+    a group that begins to learn late must not carry its initial values along for as long as others need to forget.
     """
 
     def __init__(self, optimizer: Any, decay: float) -> None:
         self._optimizer, self.decay = optimizer, decay
-        self.num_updates = 0
         self.partitions: list[Tensor] = [master.detach().clone() for master in self._masters]
+        self.num_updates = [0] * len(self.partitions)
 
     @property
     def _masters(self) -> list[Tensor]:
@@ -27,13 +28,16 @@ class ShardedEMA:
 
     def update(self, learns: list[bool]) -> None:
         """Once per optimizer step that changed the weights; learns: which groups did, the others keep their average."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        self.num_updates += 1
-        averages, masters = (
-            [part for part, learnt in zip(parts, learns, strict=True) if learnt]
-            for parts in (self.partitions, self._masters)
-        )
-        torch._foreach_lerp_(averages, masters, 1 - decay)
+        for group, (average, master) in enumerate(zip(self.partitions, self._masters, strict=True)):
+            if learns[group]:
+                updates = self.num_updates[group]
+                average.lerp_(master, 1 - min(self.decay, (1 + updates) / (10 + updates)))
+                self.num_updates[group] += 1
+
+    def settle(self, learns: list[bool]) -> None:
+        """Groups that do not learn from now on stay what they are on average (collective)."""
+        chosen = zip(self.partitions, self._masters, learns, strict=True)
+        self._assign([master if learnt else average for average, master, learnt in chosen])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

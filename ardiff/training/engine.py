@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         for group in groups
         if group["params"]
     ]
+
+
+class Applied(NamedTuple):
+    """What a step changed: nothing where gradients were not finite."""
+
+    network: bool
+    everything: bool  # the discriminator too, where there is one
 
 
 class FreezingAdamW(torch.optim.AdamW):
@@ -227,8 +234,8 @@ class Engine:
             own = self.config.vae.discriminator_lr * warm_up(self.config, step)
             self.adversary.set_learning_rate(own or lr)
 
-    def step(self, batch: GlobalBatch, step: int) -> tuple[list[Terms], bool]:
-        """Train on one global batch; returns this rank's loss terms per micro-batch and whether weights changed.
+    def step(self, batch: GlobalBatch, step: int) -> tuple[list[Terms], Applied]:
+        """Train on one global batch; returns this rank's loss terms per micro-batch and which weights changed.
 
         The gradient is that of (sum over unmasked elements) / (their count in the global batch).
         """
@@ -250,7 +257,8 @@ class Engine:
                     **adversary.learn(on_device["video"], on_device["mask"], self.world.size / batch.num_frames),
                 }
             all_terms.append({name: (total.detach(), count) for name, (total, count) in terms.items()})
-        return all_terms, self.deepspeed.was_step_applied()
+        network = self.deepspeed.was_step_applied()
+        return all_terms, Applied(network, network and (adversary is None or adversary.deepspeed.was_step_applied()))
 
     def grad_norm(self) -> Tensor | float:
         """Global gradient norm of the last step, before clipping."""

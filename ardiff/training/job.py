@@ -50,12 +50,17 @@ class Job:
         """The videos; all phases have the same."""
         return self.feeds[0].data
 
+    def every_feed(self) -> list[Feed]:
+        """Each feed once, in the order of the phases."""
+        return list({id(feed): feed for feed in self.feeds}.values())
+
     def check(self, world_size: int) -> None:
         """Refuse batches that the data cannot give, in any phase. Raises UserError."""
         for feed in self.feeds:
-            feed.data.check(self.config.train.global_batch_size // feed.counts_as, world_size)
+            size, batch = self.config.train.global_batch_size // feed.counts_as, "train.global_batch_size"
+            feed.data.check(size, world_size, batch if feed.counts_as == 1 else f"{batch} / {feed.counts_as} frames")
 
     def continue_with(self, history: list[list[Any]], position: int) -> bool:
         """See `Mixture.continue_with`; all phases mix alike."""
-        every = {id(feed.data): feed.data for feed in self.feeds}.values()
-        return all([data.continue_with(history, position) for data in every])  # noqa: C419 - of each, whatever it says
+        changed = [feed.data.continue_with(history, position) for feed in self.every_feed()]
+        return any(changed)

@@ -48,7 +48,10 @@ class Trainer:
             torch.manual_seed(config.train.seed)
             objective = job.build_objective()
             discriminator = job.build_discriminator() if job.build_discriminator else None
-        if job.initialise is not None and world.from_main(lambda: not checkpoint.exists_in(folder)):
+        begun = world.from_main(lambda: checkpoint.exists_in(folder))
+        if job.initialise is not None and begun and world.is_main:
+            log.info("train.init is not read again: the run goes on from its checkpoint")
+        elif job.initialise is not None and not begun:
             mistake: UserError | None = None
             try:
                 job.initialise(objective.network)  # type: ignore[arg-type]
@@ -70,6 +73,7 @@ class Trainer:
             )
         )
         self._skipped_in_a_row = 0
+        self._phase = -1  # that the engine is prepared for
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run, if there is one (collective)."""
@@ -123,16 +127,16 @@ class Trainer:
 
     def train_step(self, batch: GlobalBatch) -> list[Terms]:
         """One optimizer step, EMA included."""
-        if self.job.enter is not None:
-            self.job.enter(self.engine.objective, self.config.phase_of(self.step + 1))
+        if self._phase != self.config.phase_number(self.step + 1):
+            self._enter_phase()
         terms, applied = self.engine.step(batch, self.step + 1)
         self._bad_here += batch.bad
         self.step += 1
         self.samples += batch.size
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
-        if applied:
+        self._skipped_in_a_row = 0 if applied.everything else self._skipped_in_a_row + 1
+        if applied.network:
             self.ema.update(self.engine.learns())
-        elif self._skipped_in_a_row >= self.config.train.max_skipped_steps:
+        if self._skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
                 f"step {self.step}: gradients were not finite in {self._skipped_in_a_row} steps in a row; lower "
                 "train.phases' lr or train.grad_clip and start again, it resumes from the last checkpoint"
@@ -163,6 +167,15 @@ class Trainer:
             f"{problem}; the last: {new[-1].shard}, byte {new[-1].offset}: {new[-1].reason}; see "
             "`python -m data_tools.inspect_shards repair`, or allow more"
         )
+
+    def _enter_phase(self) -> None:
+        """Freeze and thaw what the phase of the next step wants (collective)."""
+        self._phase = self.config.phase_number(self.step + 1)
+        if self.job.enter is not None:
+            self.job.enter(self.engine.objective, self.config.train.phases[self._phase])
+        learns = self.engine.learns()
+        if self.step and self.config.phase_number(self.step) != self._phase and not all(learns):
+            self.ema.settle(learns)  # it is the average that is measured, kept and used
 
     def report(self, terms: list[Terms], writer: MetricsWriter | None, validation: dict[str, Any]) -> None:
         """Metrics of this step (collective); speeds are means since the last report."""
@@ -234,10 +247,14 @@ class Trainer:
 
     def preview(self, writer: MetricsWriter | None) -> None:
         """Sample videos with the averaged weights (collective)."""
-        videos = self._averaged(self.job.preview, "sample videos")
-        for tag, video in videos.items():
-            assert writer is not None  # only rank 0 has videos
-            writer.add_video(tag, video, self.step, self.config.sampling.fps)
+
+        def show(network: nn.Module) -> dict[str, Any]:
+            assert writer is not None and self.job.preview is not None  # it is rank 0
+            for tag, video in self.job.preview(network).items():
+                writer.add_video(tag, video, self.step, self.config.sampling.fps)
+            return {}
+
+        self._averaged(show, "sample videos")
 
     def is_due(self, every: int) -> bool:
         """Whether something done every so many steps (0: never), and after the last, is due."""

@@ -129,9 +129,13 @@ def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
         trainer.engine.accumulation,
         config.max_steps,
     )
-    data = job.data
-    short = f", {data.num_short} videos are shorter than a clip and padded" if data.num_short else ""
-    log.info("data: %d videos, %d clips per epoch%s, order %s", len(data), data.visits_per_epoch, short, data.order)
+    for feed in job.every_feed():
+        data = feed.data
+        short = f", {data.num_short} videos are shorter than a clip and padded" if data.num_short else ""
+        clips = "clips" if feed.counts_as == 1 else f"clips of {feed.counts_as} frames"
+        log.info(
+            "data: %d videos, %d %s per epoch%s, order %s", len(data), data.visits_per_epoch, clips, short, data.order
+        )
     for note in job.notes:
         log.info("%s", note)
     log.info("configuration: %s", folder / "config.yaml")

@@ -101,6 +101,13 @@ def check_state(state: State, now: State, checkpoint: Path) -> None:
     known = now.layout
     if not any(group[0][0].startswith(ADVERSARY) for group in state.layout):  # a stage with one was added: it is new
         known = [group for group in known if not group[0][0].startswith(ADVERSARY)]
+    if known == now.layout and any(group[0][0].startswith(ADVERSARY) for group in state.layout + known):
+        ours, theirs = ([g for g in layout if g[0][0].startswith(ADVERSARY)] for layout in (state.layout, known))
+        if ours != theirs:
+            raise UserError(
+                f"{checkpoint}: holds a discriminator; keep a phase of stage adversarial in train.phases, and "
+                "vae.discriminator_width and vae.discriminator_layers as they were"
+            )
     before, after = ([entry for group in layout for entry in group] for layout in (state.layout, known))
     for old_entry, new_entry in zip_longest(before, after):
         if old_entry != new_entry:

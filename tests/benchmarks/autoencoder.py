@@ -23,6 +23,7 @@ import torch
 
 from ardiff.config import load
 from ardiff.models.build import build_arvae
+from ardiff.models.perceptual import build_perceptual
 from ardiff.models.reconstruction import ReconstructionObjective
 from ardiff.models.temporal import TemporalCache, is_temporal
 from ardiff.monitor.throughput import arvae_flops
@@ -80,7 +81,7 @@ def stream(network: Any, latents: torch.Tensor) -> None:
 
 def training_step(config: Any, video: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """Forward and backward of the reconstruction loss, without an optimizer."""
-    objective = ReconstructionObjective(config).to(device, dtype)
+    objective = ReconstructionObjective(config, build_perceptual(config)).to(device, dtype)
     noise = torch.randn(*video.shape[:2], config.num_tokens, config.channels, device=device)
     batch = {"video": video, "noise": noise, "mask": torch.ones(video.shape[:2], dtype=torch.bool, device=device)}
 

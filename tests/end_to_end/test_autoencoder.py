@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -138,17 +139,37 @@ def test_temporal_stage_begins_with_what_the_adversarial_one_made(tmp_path, shar
     assert not torch.allclose(trained.decode(latents), trained.decode(latents, temporal=False), atol=1e-4)
 
 
-def test_a_stage_with_a_discriminator_may_be_added_later(tmp_path, shards):
-    short = ("--vae.temporal", "false", "--train.log_every", "4", "--train.validate_every", "0")
-    first = train_vae(
-        tmp_path / "run", shards, *short, "--train.phases", "[{steps: 4, lr: 1e-3}]", kind="python", ranks=1
-    )
-    code, output = run(first)
-    assert code == 0, output
-    more = "[{steps: 4, lr: 1e-3}, {steps: 4, lr: 1e-3, stage: adversarial}]"
-    code, output = run([*first, "--train.phases", more])
-    assert code == 0, output
-    assert "resumed from" in output and "discriminator_loss" in metrics(tmp_path / "run")[-1]
+def test_other_numbers_of_ranks_continue_in_any_stage(tmp_path, shards, undisturbed):
+    """2 ranks up to the adversarial stage, 1 from there: the discriminator is cut anew as well."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > 28:
+            shutil.rmtree(folder)
+    code, output = run(train_vae(tmp_path / "run", shards, kind="python", ranks=1))
+    assert code == 0 and "step_00000028" in output, output
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(undisturbed), strict=True):
+        for key in {"loss", "discriminator_loss", "adaptive_weight"} & theirs.keys():
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
+
+
+def test_a_run_is_given_more_stages_and_starts_from_another_run(tmp_path, shards, undisturbed):
+    """train.init, a stage added later, settings of the loss changed, and what a run with a discriminator must keep."""
+    source = step_directory(undisturbed, 28)
+    less = ("--train.log_every", "4", "--train.validate_every", "0", "--train.init", str(source))
+
+    def go(phases, *extra):
+        command = train_vae(tmp_path / "run", shards, *less, "--train.phases", phases, *extra, kind="python", ranks=1)
+        return run(command)
+
+    code, output = go("[{steps: 4, lr: 1e-9}]")
+    assert code == 0 and re.search(r"total +\S+ +\S+ +0 +0\n", output), output  # all of it is taken
+    assert metrics(tmp_path / "run")[0]["mse"] == pytest.approx(metrics(undisturbed)[27]["mse"], rel=0.3)
+    both = "[{steps: 4, lr: 1e-9}, {steps: 4, lr: 1e-3, stage: adversarial}]"
+    code, output = go(both, "--train.init", "gone", "--vae.discriminator_lr", "1e-3", "--vae.adversarial_weight", "0.1")
+    assert code == 0 and "train.init is not read again" in output, output
+    assert "discriminator_loss" in metrics(tmp_path / "run")[-1]
+    code, output = go("[{steps: 4, lr: 1e-9}, {steps: 9, lr: 1e-3}]")
+    assert code == 2 and "keep a phase of stage adversarial" in output, output
 
 
 @pytest.mark.parametrize(
@@ -157,11 +178,12 @@ def test_a_stage_with_a_discriminator_may_be_added_later(tmp_path, shards):
         (("--vae.discriminator_layers", "6"), r"vae.discriminator_layers = 6"),
         (("--vae.perceptual", "lpips", "--vae.lpips", "nowhere.pt"), r"vae.lpips.*nowhere.pt"),
         (("--train.init", "nowhere.bin"), r"train.init.*nowhere.bin"),
-        (("--data.validation", "nowhere"), r"nowhere"),
+        (("--data.validation", "SHARDS"), r"is what is trained on"),
     ],
     ids=lambda value: re.sub(r"\W+", " ", str(value))[:30],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, shards, options, message):
+    options = [str(shards) if option == "SHARDS" else option for option in options]
     code, output = run(train_vae(tmp_path / "run", shards, *options, kind="python", ranks=1))
     assert code == 2, output
     lines = [line for line in output.splitlines() if line.startswith("error:")]

@@ -209,5 +209,5 @@ def test_files_that_do_not_fit(state, tmp_path):
 
 
 def test_pictures_that_are_too_small(network):
-    with pytest.raises(UserError, match=r"vae\.perceptual = lpips .* 16 x 16 .* not 8 x 32"):
+    with pytest.raises(UserError, match=r"vae\.lpips .* 16 x 16 .* not 8 x 32"):
         network(torch.rand(1, 3, 8, 32), torch.rand(1, 3, 8, 32))

@@ -8,6 +8,7 @@ from arvae_helpers import SMALL, batch_of, frames
 from torch.nn import functional as F
 
 from ardiff.config import Phase
+from ardiff.models.perceptual import build_perceptual
 from ardiff.models.reconstruction import ReconstructionObjective
 from ardiff.models.temporal import is_temporal
 
@@ -111,7 +112,8 @@ def test_posterior_is_sampled_unless_switched_off():
 def test_perceptual_loss_is_weighed_per_pixel():
     video = frames(SMALL)
     batch = batch_of(SMALL, video)
-    objective = ReconstructionObjective(dataclasses.replace(SMALL, kl_weight=0.0, perceptual_weight=0.3))
+    config = dataclasses.replace(SMALL, kl_weight=0.0, perceptual_weight=0.3)
+    objective = ReconstructionObjective(config, build_perceptual(config))
     terms = objective(batch)
     plain = ReconstructionObjective(dataclasses.replace(SMALL, kl_weight=0.0))
     plain.load_state_dict(objective.state_dict())

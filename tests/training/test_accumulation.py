@@ -32,7 +32,7 @@ engine = Engine(Objective(), config, read_ds_config(Path("ds_configs/zero2.json"
 gradients = [1.0] + [2.0**-10] * 255
 micro_batches = [{"gradient": torch.full((4, 4), value)} for value in gradients]
 _, applied = engine.step(GlobalBatch(0, 256, 1, micro_batches), 1)
-assert applied and engine.precision == "bf16"
+assert applied.network and applied.everything and engine.precision == "bf16"
 print("NORM", float(engine.grad_norm()))
 distributed.finish()
 """
