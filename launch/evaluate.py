@@ -46,9 +46,10 @@ from ardiff.models import build_dit
 from ardiff.models.lpips import LPIPS, SMALLEST
 from ardiff.randomness import Stream, normals
 from ardiff.sampling.decoder import default_device
+from ardiff.sampling.options import add_sampling_arguments, request_of
 from ardiff.training.run_dir import versions
 from ardiff.training.weights import FILES, find_checkpoint, load_arvae, load_dit
-from launch.sample import add_sampling_arguments, generate_with_bar, request_of
+from launch.sample import generate_with_bar
 
 ONLY = {  # options that belong to one of the two
     "run": ("num_videos", "steps", "gap", "guidance", "batch_size", "weights"),

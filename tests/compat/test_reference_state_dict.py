@@ -12,7 +12,7 @@ from ardiff.compat.reference import ReferenceDiT, detect_schedule, load_dit, rea
 from ardiff.compat.reference.dit import sincos_table
 from ardiff.compat.reference.export import process_buffers
 from ardiff.compat.reference.options import model_arguments, model_config
-from ardiff.compat.reference.state_dict import BUFFERS
+from ardiff.compat.reference.state_dict import BUFFERS, split_arvae
 from ardiff.config import load, presets
 from ardiff.diffusion.schedule import Schedule
 from ardiff.errors import UserError
@@ -322,3 +322,10 @@ def test_presets_are_the_published_configurations(name):
     assert config.model.num_classes == (101 if name == "reference_ucf_class" else 0)
     assert model_config(arguments, config.model.num_classes) == config.model
     assert config.data.normalize == "unit"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "vae."])
+def test_codebooks_of_titok_are_left_out_under_any_prefix(prefix):
+    stored = {f"{prefix}{name}": torch.zeros(1) for name in ("encoder.conv_out.weight", "pixel_quantize_conv.weight")}
+    codebooks = {f"{prefix}{name}.embedding.weight": torch.zeros(2, 2) for name in ("quantize", "pixel_quantize")}
+    assert split_arvae(stored | codebooks).keys() == {"encoder.conv_out.weight", "pixel_quantize_conv.weight"}

@@ -32,6 +32,7 @@ BUFFERS = (
     "logvar",
 )
 EMBEDDINGS = ("context_emb", "class_emb")
+CODEBOOKS = ("quantize.", "pixel_quantize.")  # of TiTok's own file, which the auto-encoder does not use
 KNOWN_BETAS = ((1e-4, 0.02), (8.5e-4, 0.012))  # of the published configurations
 
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
@@ -73,11 +74,11 @@ def split_arvae(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = _WRAPPERS.sub("", key)
-        if outer and key.startswith(outer):
-            _put(parts, key.removeprefix(outer), value, key)
-        elif outer.endswith("vae.") and (name in EMBEDDINGS or name.startswith("diffusion_model.")):
+        own = bool(outer) and key.startswith(outer)
+        name = key.removeprefix(outer) if own else name
+        if not own and outer.endswith("vae.") and (name in EMBEDDINGS or name.startswith("diffusion_model.")):
             continue  # the DiT that this auto-encoder was stored with
-        elif not name.startswith(("quantize.", "pixel_quantize.")):  # codebooks of TiTok's own file, not used
+        if not name.startswith(CODEBOOKS):
             _put(parts, name, value, key)
     return parts
 
