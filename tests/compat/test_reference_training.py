@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import write_frames, write_latents
+from data_helpers import write_latents
 
-from ardiff.config import load
+from ardiff.config import Phase, load
 from ardiff.errors import UserError
 from ardiff.models import build_dit
+from ardiff.models.discriminator import PatchDiscriminator
+from ardiff.models.reconstruction import ReconstructionObjective
+from ardiff.models.temporal import is_temporal
 from ardiff.training import weights
-from launch.train_vae import build_job
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -45,10 +47,36 @@ def test_a_trained_run_holds_its_embedding(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
-def test_published_auto_encoders_are_not_trained(tmp_path):
-    write_frames(tmp_path)
-    with pytest.raises(UserError, match=r"vae\.architecture = reference"):
-        build_job(load("reference_arvae", [f"data.shards={tmp_path}"]))
+def test_published_auto_encoders_learn_in_every_stage(small_networks):
+    """Reconstruction, under a discriminator, and the temporal blocks alone, which begin as if they were not there."""
+    overrides = ["image_size=32", "num_tokens=3", "window=2", "reference.encoder=small", "reference.decoder=small"]
+    vae = load("arvae_titok", [f"vae.{override}" for override in overrides]).vae
+    torch.manual_seed(0)
+    objective = ReconstructionObjective(vae)
+    video = torch.rand(1, 3, 3, 32, 32)
+    noise = torch.randn(1, 3, vae.num_tokens, vae.channels)
+    batch = {"video": video, "noise": noise, "mask": torch.ones(1, 3, dtype=torch.bool)}
+    single = objective.network.decode(noise, temporal=False)
+    assert torch.equal(objective.network.decode(noise), single)
+    stages = {
+        "frames": (Phase(), {}),
+        "adversarial": (Phase(stage="adversarial"), {"judge": PatchDiscriminator(8, 2)}),
+        "temporal": (Phase(stage="temporal", num_frames=3, trains="temporal"), {}),
+    }
+    for stage, (phase, judge) in stages.items():
+        objective.enter(phase)
+        before = {name: value.detach().clone() for name, value in objective.named_parameters()}
+        optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], 1e-3, weight_decay=0.0)
+        losses = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            terms = objective(batch, **judge)
+            terms["loss"][0].backward()
+            optimizer.step()
+            losses.append(terms["mse"][0].item())
+        moved = {name for name, value in objective.named_parameters() if not torch.equal(value, before[name])}
+        assert moved and all(is_temporal(name) == (stage == "temporal") for name in moved)
+        assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
