@@ -119,6 +119,9 @@ def evaluate_run(options: argparse.Namespace) -> int:
             train, space, num_videos, request.num_frames, config.data.stride, options.seed
         )
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
+    settings = {"num_videos": num_videos, "num_frames": request.num_frames, "seed": options.seed}
+    settings |= asdict(request.sampling)
+    write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
     if len(held_out) < held_out.shape[1]:
         print(
             f"note: {len(held_out)} held-out frames are few for {held_out.shape[1]} numbers each; hold out more videos"
@@ -126,9 +129,6 @@ def evaluate_run(options: argparse.Namespace) -> int:
     print(f"Frechet distance of single frames to {len(held_out)} held-out frames ({options.data}):")
     for name, distance in distances.items():
         print(f"  {name:20s}{distance:10.4f}   ({len(sets[name])} frames)")
-    settings = {"num_videos": num_videos, "num_frames": request.num_frames, "seed": options.seed}
-    settings |= asdict(request.sampling)
-    write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
     return cli.EXIT_OK
 
 
@@ -167,6 +167,10 @@ def evaluate_arvae(options: argparse.Namespace) -> int:
     vae = network.config
     held_out = open_frames(options.data, "--data", vae.image_size)
     train = open_frames(options.train_data, "--train_data", vae.image_size) if options.train_data else None
+    if train is not None and train.identity == held_out.identity:
+        raise UserError(
+            f"--train_data {options.train_data}: is what --data names; the codes are fitted on other videos"
+        )
     lpips = open_lpips(options.lpips, vae.image_size, device)
     codes: dict[str, Code] = {"mean colour": MeanColour()}
     training_frames = random_frames(train, TRAINING_FRAMES, options.seed) if train is not None else None
@@ -179,7 +183,6 @@ def evaluate_arvae(options: argparse.Namespace) -> int:
         found = compare(network.to(device), held_out, clips, codes, lpips, shown if options.sheet else (), bar.update)
     if not math.isfinite(found.methods[ARVAE]["psnr"]):
         raise UserError(f"--arvae {options.arvae}: its reconstructions hold numbers that are not finite")
-    print("\n".join(table(found, options.data)))
     if options.sheet:
         titles = [ORIGINAL, *(f"{name} {found.methods[name]['numbers']}" for name in shown)]
         write_sheet(options.sheet, found.rows, titles)
@@ -198,6 +201,7 @@ def evaluate_arvae(options: argparse.Namespace) -> int:
         "versions": versions(),
     }
     write_json(options.out, record)
+    print("\n".join(table(found, options.data)))  # last: whoever reads it may stop reading
     return cli.EXIT_OK
 
 

@@ -56,7 +56,8 @@ def build_job(config: Config) -> Job:
     shown = held_out or feeds[0].data
     measured = "none (no held-out frame shards: name them with --data.validation)"
     if held_out is not None:
-        measured = f"{held_out.source}, every {config.train.validate_every} steps (0: never)"
+        every = config.train.validate_every
+        measured = f"{held_out.source}, every {every} steps" if every else "never (train.validate_every = 0)"
     vae = config.vae
     adversarial = any(phase.stage == "adversarial" for phase in config.train.phases)
     perceptual, lpips = build_perceptual(vae), measured_lpips(vae)  # now: they may refuse what the user gave
@@ -88,6 +89,11 @@ def _feeds(config: Config) -> list[Feed]:
         count = phase.num_frames
         if count not in feeds:
             data = _open_frames(config, count)
+            if (data.frames < (count - 1) * config.data.stride + 1).all():
+                raise UserError(
+                    f"train.phases: num_frames = {count} with data.stride = {config.data.stride}, but no video of "
+                    f"{data.source} is as long as that; use shorter clips"
+                )
             flops = arvae_flops(config.vae, count)
             tokens = count * config.vae.num_tokens
             feeds[count] = Feed(data, FrameClips(data, config, count), flops, tokens, counts_as=count)

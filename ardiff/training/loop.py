@@ -96,6 +96,13 @@ class Trainer:
             log.warning("mixing with other weights from here on: %s", self.job.data.history[-1].weights)
         if self.world.is_main:
             log.info("resumed from %s (step %d, %d samples)", found, self.step, self.samples)
+            if self.step >= self.config.max_steps:
+                log.warning(
+                    "the run has gone %d steps, and train.phases or train.max_steps plan %d: nothing is left to train; "
+                    "plan more steps than it has gone",
+                    self.step,
+                    self.config.max_steps,
+                )
 
     @property
     def feed(self) -> Feed:

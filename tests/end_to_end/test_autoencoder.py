@@ -179,6 +179,7 @@ def test_a_run_is_given_more_stages_and_starts_from_another_run(tmp_path, shards
         (("--vae.perceptual", "lpips", "--vae.lpips", "nowhere.pt"), r"vae.lpips.*nowhere.pt"),
         (("--train.init", "nowhere.bin"), r"train.init.*nowhere.bin"),
         (("--data.validation", "SHARDS"), r"is what is trained on"),
+        (("--data.stride", "6"), r"num_frames = 4 with data.stride = 6, but no video .* use shorter clips"),
     ],
     ids=lambda value: re.sub(r"\W+", " ", str(value))[:30],
 )

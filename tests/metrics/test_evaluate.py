@@ -192,6 +192,21 @@ def test_mistakes_are_refused_in_one_line(name, work, evaluate, tmp_path, monkey
     assert not (tmp_path / "out.json").exists()
 
 
+def test_codes_are_not_fitted_on_the_frames_they_are_measured_on(work, evaluate):
+    with pytest.raises(UserError, match=r"--train_data .*held_out: is what --data names"):
+        evaluate(train_data=work / "held_out")
+
+
+def test_results_are_written_before_anybody_stops_reading(work, evaluate, tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate(sheet=tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").is_file() and json.loads((tmp_path / "out.json").read_text())["methods"]
+
+
 def test_numbers_that_are_not_finite_are_refused(work, evaluate, tmp_path):
     config = load("arvae_tiny", [f"vae.{key}={value}" for key, value in SIZES.items()])
     weights = {name: torch.full_like(value, torch.nan) for name, value in build_arvae(config.vae).state_dict().items()}
