@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
@@ -27,6 +26,7 @@ from ardiff.data.mixture import Mixture, open_data
 from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
 from ardiff.metrics.reconstruction import Reconstruction, reconstruction_metrics
+from ardiff.models.arvae import as_pictures
 from ardiff.models.discriminator import PatchDiscriminator, check_size
 from ardiff.models.lpips import LPIPS
 from ardiff.models.perceptual import build_perceptual, measured_lpips
@@ -60,7 +60,8 @@ def build_job(config: Config) -> Job:
         measured = f"{held_out.source}, every {every} steps" if every else "never (train.validate_every = 0)"
     vae = config.vae
     adversarial = any(phase.stage == "adversarial" for phase in config.train.phases)
-    perceptual, lpips = build_perceptual(vae), measured_lpips(vae)  # now: they may refuse what the user gave
+    lpips = measured_lpips(vae)  # now, as what follows: it may refuse what the user gave
+    perceptual = build_perceptual(vae, lpips)
     if adversarial:
         check_size(vae.image_size, vae.image_size, vae.discriminator_layers)
     return Job(
@@ -141,9 +142,7 @@ def _preview(config: Config, data: Mixture) -> Preview:
     def preview(network: nn.Module) -> dict[str, np.ndarray]:
         videos = {}
         for index, frames in enumerate(_clips(data, config.sampling.num_videos, PREVIEW_FRAMES, config.data.stride)):
-            pieces = [piece.rebuilt for piece in Reconstruction(network).pieces(frames)]
-            pixels = torch.cat(pieces).clamp(0, 1).mul(255).round().byte()
-            rebuilt = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            rebuilt = np.concatenate([as_pictures(piece.rebuilt) for piece in Reconstruction(network).pieces(frames)])
             videos[f"reconstruction/{index:02d}"] = np.concatenate([frames, rebuilt], axis=2)
             chosen = slice(None, None, max(1, len(frames) // 8))
             rows = [np.concatenate(list(part[chosen]), axis=1) for part in (frames, rebuilt)]

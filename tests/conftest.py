@@ -25,3 +25,13 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """Published networks of a few thousand parameters under the name of the small ones."""
+    from ardiff.compat.reference import pixels
+    from ardiff.compat.reference.options import VIT_SIZES
+
+    monkeypatch.setitem(VIT_SIZES, "small", (2, 32, 2))
+    monkeypatch.setattr(pixels, "WIDTH", 32)

@@ -180,9 +180,7 @@ class DataConfig:
     crop_scale: float = 1.0  # of frames for an AR-VAE: least side of a random square that is enlarged; 1: whole frames
     normalize: str = one_of("unit", "standardize", "none")  # unit: each token to length 1, as the reference
     arvae: str | None = None  # decodes samples; None: the one named in the manifest
-    validation: str | None = (
-        None  # held-out frame shards, to measure an AR-VAE on; None: SHARDS/validation if it exists
-    )
+    validation: str | None = None  # held-out frame shards, for an AR-VAE; None: SHARDS/validation if it exists
     prefetch: int = 4  # global batches prepared ahead, at least (small ones are made several at a time)
     decode_threads: int = 2  # per rank, for pictures
     verify: bool = False  # compare the checksum of a video whenever a clip of it is read
@@ -197,9 +195,7 @@ class Phase:
 
     steps: int = 0
     lr: float = 0.0
-    stage: str = one_of(
-        "frames", "adversarial", "temporal"
-    )  # of an AR-VAE: reconstruction, with a discriminator, clips
+    stage: str = one_of("frames", "adversarial", "temporal")  # of an AR-VAE: see launch/README.md
     num_frames: int = 1  # of the stage temporal: frames of a clip
     trains: str = one_of("all", "temporal")  # of the stage temporal: all parameters, or those that read other frames
 
@@ -227,9 +223,7 @@ class TrainConfig:
     save_every: int = 1000
     keep_checkpoints: int = 3
     sample_every: int = 5000  # 0: no sample videos in TensorBoard
-    init: str | None = (
-        None  # of an AR-VAE: weights to start from, whatever of them fits (a run, an export, a TiTok file)
-    )
+    init: str | None = None  # of an AR-VAE: weights to start from, as far as they fit (a run, an export, TiTok's file)
     validate_every: int = 0  # of an AR-VAE: steps between measurements on held-out videos; 0: none
     validation_frames: int = 256  # so many frames of them, at most
     num_threads: int = 0  # CPU threads of a rank; 0: cores / local ranks

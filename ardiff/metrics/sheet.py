@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ardiff.files import replacing
+from ardiff.models.arvae import as_pictures
 from ardiff.video import contact_sheet
 
 ORIGINAL = "original"
@@ -34,8 +35,7 @@ class SheetRow:
         for place in set(self.places):
             if first <= place < first + len(pictures[ORIGINAL]):
                 chosen = torch.stack([pictures[name][place - first] for name in self.columns])
-                pixels = chosen.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                self._found[place] = list(pixels)
+                self._found[place] = list(as_pictures(chosen))
 
     def pictures(self) -> np.ndarray:
         """uint8 [SHEET_FRAMES * columns, H, W, 3]."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -65,6 +66,11 @@ def local_average(to: Tensor, places: Tensor) -> Tensor:
     """Weights [T, S], rows summing to 1, by which tokens at `to` [T, 2] average those at `places` [S, 2]."""
     spacing = min(len(to), len(places)) ** -0.5  # of the coarser grid
     return torch.softmax(-0.5 * (torch.cdist(to, places) / (0.6 * spacing)) ** 2, dim=-1)
+
+
+def as_pictures(frames: Tensor) -> np.ndarray:
+    """Decoded frames [..., 3, H, W], about [0, 1] -> uint8 [..., H, W, 3] on the host."""
+    return frames.float().clamp(0, 1).mul(255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
 class ARVAE(nn.Module):

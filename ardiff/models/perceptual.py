@@ -64,10 +64,11 @@ class StructureLoss(nn.Module):
         return torch.stack([1 - ssim(x, y) + gradient_difference(x, y) for x, y in scales]).mean(dim=0)
 
 
-def build_perceptual(config: VAEConfig) -> nn.Module | None:
+def build_perceptual(config: VAEConfig, measured: LPIPS | None = None) -> nn.Module | None:
     """The perceptual loss of the configuration, called with pictures [N, 3, H, W] twice -> [N]; None without one.
 
-    Its weights, if it has any, are frozen. Raises UserError if the file of vae.lpips is not what it should be.
+    measured: of `measured_lpips`, where its file has been read already. Weights, if there are any, are frozen. Raises
+    UserError if the file of vae.lpips is not what it should be.
     """
     if config.perceptual_weight == 0:
         return None
@@ -76,7 +77,7 @@ def build_perceptual(config: VAEConfig) -> nn.Module | None:
         return StructureLoss()
     if config.lpips is None:
         raise UserError("vae.perceptual = lpips needs vae.lpips, the file with its weights")
-    return measured_lpips(config)
+    return measured_lpips(config) if measured is None else measured
 
 
 def measured_lpips(config: VAEConfig) -> LPIPS | None:

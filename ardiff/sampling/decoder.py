@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ardiff.data.latent_space import LatentSpace
 from ardiff.errors import UserError
+from ardiff.models.arvae import as_pictures
 from ardiff.models.temporal import TemporalCache
 
 DECODED_FRAMES = 64  # decoded at a time, so that memory does not grow with the video
@@ -75,9 +76,7 @@ class Decoder:
     def _pieces(self, latents: Tensor, cache: TemporalCache | None) -> Iterator[np.ndarray]:
         """Pictures [V, f, H, W, 3] of a few frames of all videos at a time."""
         for piece in latents.split(max(1, DECODED_FRAMES // len(latents)), dim=1):
-            video = self.network.decode(self.space.to_arvae(piece).to(self.device), cache)
-            pixels = video.float().clamp(0, 1).mul(255).round().byte()
-            yield pixels.permute(0, 1, 3, 4, 2).cpu().numpy()
+            yield as_pictures(self.network.decode(self.space.to_arvae(piece).to(self.device), cache))
 
     @torch.no_grad()
     def encode(self, frames: np.ndarray) -> Tensor:

@@ -7,7 +7,6 @@ export of ours. A source of `vae.architecture = ardiff` fits that architecture o
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from ardiff.training.coverage import Coverage, measure
 from ardiff.training.weights import FILES, read_weights
 
 DIGEST = 12  # characters of a sha256 that are shown
-_CODEBOOK = re.compile(r"(?:pixel_)?quantize\..+$")
 _OWN = "to_latents.weight"  # only our architecture has a tensor of this name
 
 
@@ -108,8 +106,4 @@ def _read(source: Path) -> Source:
     weights, digest = read_checkpoint(source), sha256(source)[:DIGEST]
     if _OWN in weights:
         return Source("ardiff", weights, digest)
-    plain = split_arvae(weights)
-    for key, value in weights.items():  # of TiTok's own file, which `split_arvae` leaves out
-        if match := _CODEBOOK.search(key):
-            plain[match.group()] = value
-    return Source("reference", plain, digest)
+    return Source("reference", split_arvae(weights, codebooks=True), digest)

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from arvae_helpers import SMALL
 from data_helpers import randomize
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import ardiff.training.coverage
-from ardiff.compat.reference import ReferenceARVAE, pixels
+from ardiff.compat.reference import ReferenceARVAE
 from ardiff.compat.reference.arvae import CODE_WIDTH, CODES
 from ardiff.compat.reference.fitting import LOGVAR
-from ardiff.compat.reference.options import VIT_SIZES, vae_config
-from ardiff.config import Config, VAEConfig
+from ardiff.compat.reference.options import vae_config
+from ardiff.config import Config
 from ardiff.errors import UserError
 from ardiff.models import ARVAE
 from ardiff.models.fitting import resized
 from ardiff.training import weights
 from ardiff.training.initialise import initialise
+
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 TITOK = {
     "image_size": 32,
@@ -29,23 +32,9 @@ TITOK = {
     "vit_dec_model_size": "small",
     "num_latent_tokens": 6,
 }
-OWN = VAEConfig(
-    image_size=32,
-    patch_size=8,
-    num_tokens=6,
-    channels=4,
-    hidden_size=32,
-    encoder_depth=2,
-    decoder_depth=2,
-    num_heads=2,
+OWN = dataclasses.replace(
+    SMALL, image_size=32, patch_size=8, num_tokens=6, hidden_size=32, encoder_depth=2, decoder_depth=2
 )
-
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    """Published networks of a few thousand parameters under the name of the small ones."""
-    monkeypatch.setitem(VIT_SIZES, "small", (2, 32, 2))
-    monkeypatch.setattr(pixels, "WIDTH", 32)
 
 
 def published(**options):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import arvae_helpers
 import pytest
 import torch
 from torch import nn
@@ -13,18 +14,7 @@ from ardiff.errors import UserError
 from ardiff.models import build_arvae, temporal
 from ardiff.models.temporal import TemporalCache, banded_attention
 
-SMALL = VAEConfig(
-    image_size=16,
-    patch_size=4,
-    num_tokens=3,
-    channels=4,
-    hidden_size=16,
-    encoder_depth=1,
-    decoder_depth=2,
-    num_heads=2,
-    temporal=True,
-    window=4,
-)
+SMALL = dataclasses.replace(arvae_helpers.SMALL, num_tokens=3, decoder_depth=2, temporal=True, window=4)
 PUBLISHED = VAEConfig(
     image_size=32,
     patch_size=16,

@@ -68,8 +68,11 @@ def split_dit(state_dict: Mapping[str, Tensor]) -> DiTCheckpoint:
     return parts
 
 
-def split_arvae(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The auto-encoder's part of a checkpoint, of its own or of a DiT that was saved with its `vae.`."""
+def split_arvae(state_dict: Mapping[str, Tensor], codebooks: bool = False) -> dict[str, Tensor]:
+    """The auto-encoder's part of a checkpoint, of its own or of a DiT that was saved with its `vae.`.
+
+    codebooks: with those of TiTok's own file.
+    """
     outer = _prefix(state_dict, "encoder.conv_out.weight")
     parts: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -78,7 +81,7 @@ def split_arvae(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = key.removeprefix(outer) if own else name
         if not own and outer.endswith("vae.") and (name in EMBEDDINGS or name.startswith("diffusion_model.")):
             continue  # the DiT that this auto-encoder was stored with
-        if not name.startswith(CODEBOOKS):
+        if codebooks or not name.startswith(CODEBOOKS):
             _put(parts, name, value, key)
     return parts
 
