@@ -1,6 +1,7 @@
 # make demo  the whole system in minutes on a laptop      make demo VIDEOS=path/to/clips
 # make test  lint, types, unit and end-to-end tests
-# Both set themselves up in .venv. Another Python or package source:
+# make faults  kills, full disks, damaged checkpoints, hangs ... in the middle of training (20 minutes)
+# All set themselves up in .venv. Another Python or package source:
 #   make venv PYTHON=python3.12 PIP_ARGS="--index-url URL"
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ OUT ?= $(if $(VIDEOS),runs/demo-$(notdir $(VIDEOS:/=)),runs/demo)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format venv clean
+.PHONY: demo test faults lint format venv clean
 .DEFAULT_GOAL := demo
 
 venv: $(READY)
@@ -37,6 +38,9 @@ format: $(READY)
 # A file is run by one worker: those that start several processes do not oversubscribe the cores.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(READY)
+	$(BIN)/python -m tests.end_to_end.faults $(FAULTS)
 
 clean:
 	rm -rf "$(OUT)" .mypy_cache .ruff_cache .pytest_cache

@@ -18,6 +18,8 @@ from ardiff.errors import EchoedError, UserError
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_HUNG = 3  # a rank made no progress for train.hang_minutes
+EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to stop in an orderly way
 PATIENCE = 5.0  # seconds that rank 0 has for telling a mistake before the other ranks end
 
 # A full or read-only disk, missing permissions and wrong paths are not bugs of the program.
@@ -42,7 +44,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = EXIT_INTERRUPTED
     sys.exit(code)
 
 

@@ -7,9 +7,11 @@ noise of one sample.
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -59,3 +61,9 @@ def normals(seed: int, stream: int, index: int, shape: tuple[int, ...]) -> np.nd
     """Standard normal float32 numbers [shape] that belong to one index (Philox, counter-based)."""
     key = np.array([seed & (2**64 - 1), (int(stream) << 56) ^ int(index)], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+
+
+def synthetic(shape: tuple[int, ...]) -> torch.Tensor:
+    """Fixed float32 numbers of mean 0 and variance 1 (uniform): the input whose output is compared between programs."""
+    numbers = uniforms(np.zeros(1, dtype=np.uint64), math.prod(shape)).reshape(shape)
+    return torch.from_numpy(((numbers - 0.5) * 12**0.5).astype(np.float32))

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 from ardiff.errors import UserError
 from ardiff.files import remove_leftovers, write_json
+from ardiff.launching.orphans import when_parent_ends
 from ardiff.locks import discard, hold
 
 SETTINGS = "settings.json"
@@ -123,14 +123,7 @@ def folder_settings(folder: Path) -> dict[str, Any] | None:
 
 def die_with_launcher() -> None:
     """End this process when its parent does: ranks whose launcher was killed would meet those of the next start."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.25)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    when_parent_ends(lambda: os._exit(1))
 
 
 def plural(count: int, thing: str) -> str:

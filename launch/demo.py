@@ -28,7 +28,7 @@ from ardiff import cli
 from ardiff.data.corpus import classes, read_corpus
 from ardiff.errors import UserError
 from ardiff.files import sha256, write_json
-from ardiff.monitor.writers import METRICS
+from ardiff.monitor.writers import METRICS, VALIDATION
 from ardiff.training.run_dir import read_exit
 
 SIZE = 64  # pixels
@@ -36,6 +36,7 @@ CLIPS = 160  # procedural videos
 HELD_OUT = "0.2"  # share of the videos that the distances are measured on
 # A shorter run of arvae_tiny, of a corpus that has videos enough not to need more pictures of each.
 SHORT = "[{steps: 1900, lr: 2.0e-3}, {steps: 800, lr: 4.0e-4}, {steps: 500, lr: 1.0e-4}]"
+HELD_OUT_LOSS = f"{VALIDATION}loss"
 VIDEOS, FRAMES = 12, 16  # sampled at the end; training clips are half as long
 
 
@@ -216,6 +217,12 @@ def losses(run: Path) -> tuple[float, float]:
     return values[0], sum(last) / len(last)
 
 
+def held_out_losses(run: Path) -> list[float]:
+    """Losses of a run on held-out videos, in the order of the steps."""
+    found = (json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines())
+    return [float(line[HELD_OUT_LOSS]) for line in found if HELD_OUT_LOSS in line]
+
+
 def summary(demo: Demo, num_videos: int) -> str:
     """What was made, the losses, the distances, and how to look at it."""
     out = demo.out
@@ -228,6 +235,8 @@ def summary(demo: Demo, num_videos: int) -> str:
     for what, run in (("AR-VAE", out / "arvae"), ("DiT", out / "dit")):
         first, last = losses(run)
         lines.append(f"{what:7s} loss {first:.4f} -> {last:.4f} ({first / last:.1f} times smaller)")
+    held_out = held_out_losses(out / "dit")
+    lines += [f"{'':7s} loss {held_out[0]:.4f} -> {held_out[-1]:.4f} on held-out videos"] if held_out else []
     distances = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["frechet"]
     lines += ["", "Frechet distance to held-out latents (smaller is better):"]
     lines += [f"  {name:18s} {distance:10.4f}" for name, distance in distances.items()]

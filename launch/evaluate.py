@@ -48,7 +48,7 @@ from ardiff.randomness import Stream, normals
 from ardiff.sampling.decoder import default_device
 from ardiff.sampling.options import add_sampling_arguments, request_of
 from ardiff.training.run_dir import versions
-from ardiff.training.weights import FILES, find_checkpoint, load_arvae, load_dit
+from ardiff.training.weights import find_checkpoint, is_export, load_arvae, load_dit, vector_of
 from launch.sample import generate_with_bar
 
 ONLY = {  # options that belong to one of the two
@@ -100,7 +100,7 @@ def untrained(config: Config) -> torch.nn.Module:
 
 def evaluate_run(options: argparse.Namespace) -> int:
     """Samples of a diffusion transformer against held-out latents."""
-    network, config, space = load_dit(options.run, options.weights)
+    network, config, space = load_dit(options.run, vector_of(options.weights, options.ema))
     request, config = request_of(options, config)
     request.text_tokens, num_videos = space.text_tokens, len(request.videos)
     if num_videos * request.num_frames < 2:
@@ -121,7 +121,8 @@ def evaluate_run(options: argparse.Namespace) -> int:
     distances = {name: frechet_distance(held_out, features) for name, features in sets.items()}
     settings = {"num_videos": num_videos, "num_frames": request.num_frames, "seed": options.seed}
     settings |= asdict(request.sampling)
-    write_json(options.out, {"run": str(options.run), "data": options.data, "frechet": distances, "sampling": settings})
+    record = {"run": str(options.run), "weights": options.weights, "ema": options.ema, "data": options.data}
+    write_json(options.out, {**record, "frechet": distances, "sampling": settings})
     if len(held_out) < held_out.shape[1]:
         print(
             f"note: {len(held_out)} held-out frames are few for {held_out.shape[1]} numbers each; hold out more videos"
@@ -161,9 +162,9 @@ def open_lpips(path: Path | None, image_size: int, device: torch.device) -> LPIP
 def evaluate_arvae(options: argparse.Namespace) -> int:
     """Reconstructions of held-out frames, beside those of linear codes with as many numbers per frame."""
     device = default_device()
-    exported = (options.arvae / FILES["ema"]).is_file()
+    exported = is_export(options.arvae)
     source = options.arvae if exported else find_checkpoint(options.arvae)  # a run's newest, for the record
-    network, identity = load_arvae(source)
+    network, identity = load_arvae(source, vector_of(options.weights, options.ema))
     vae = network.config
     held_out = open_frames(options.data, "--data", vae.image_size)
     train = open_frames(options.train_data, "--train_data", vae.image_size) if options.train_data else None
@@ -186,7 +187,7 @@ def evaluate_arvae(options: argparse.Namespace) -> int:
     if options.sheet:
         titles = [ORIGINAL, *(f"{name} {found.methods[name]['numbers']}" for name in shown)]
         write_sheet(options.sheet, found.rows, titles)
-    settings = {name: getattr(options, name) for name in ("train_data", "max_frames", "num_frames", "seed")}
+    settings = {name: getattr(options, name) for name in ("ema", "train_data", "max_frames", "num_frames", "seed")}
     settings["lpips"] = options.lpips and str(options.lpips)
     settings["training_frames"] = 0 if training_frames is None else len(training_frames)
     record = {

@@ -1,9 +1,10 @@
 """Write the networks of a run as safetensors files for use elsewhere.
 
     python launch/export.py --run runs/sky --out exported/
+    python launch/export.py --run runs/arvae --ema 0.999 --out chosen/   # for programs that take the main average
 
-Gives model.safetensors (plain weights), ema.safetensors (averaged), config.yaml and latent_space.json. All programs
-that take a run_dir take such a folder as well.
+Gives model.safetensors (plain weights), ema.safetensors (averaged), config.yaml and latent_space.json, and a file such
+as ema_0.999.safetensors for each of train.extra_ema_decays. All programs that take a run_dir take such a folder too.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ def main() -> int:
     )
     parser.add_argument("--run", type=Path, required=True, help="a run_dir or a checkpoint of it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help="which average is the main one of the export, "
+                        "ema.safetensors (default that of the run)")  # fmt: skip
     options = parser.parse_args()
-    print(f"{export(options.run, options.out)} exported to {options.out}")
+    print(f"{export(options.run, options.out, options.ema)} exported to {options.out}")
     return cli.EXIT_OK
 
 

@@ -44,7 +44,7 @@ from ardiff.sampling.options import (
 )
 from ardiff.sampling.outputs import VideoOutput
 from ardiff.sampling.pictures import frame_forwards, schedule_picture
-from ardiff.training.weights import load_dit
+from ardiff.training.weights import load_dit, vector_of
 from ardiff.video import Mp4Writer, contact_sheet
 
 SHEET_ROWS = 16
@@ -155,6 +155,7 @@ def write_summary(program: Program, results: dict[int, dict[str, Any]]) -> None:
     settings = {
         "run": str(options.run),
         "weights": options.weights,
+        "ema": options.ema,
         "num_frames": request.num_frames,
         "warm_frames": request.warm_frames,
         "sampling": asdict(request.sampling),
@@ -217,7 +218,7 @@ def main() -> int:
         request, config = request_of(options, Config())
         show_schedule(options, request, config)
         return cli.EXIT_OK
-    network, config, space = load_dit(options.run, options.weights)
+    network, config, space = load_dit(options.run, vector_of(options.weights, options.ema))
     request, config = request_of(options, config)
     decoder = Decoder(space, options.arvae or config.data.arvae)
     set_conditions(options, request, config, space, decoder)

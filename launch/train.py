@@ -20,7 +20,7 @@ from ardiff import cli
 from ardiff.config import Config, Phase
 from ardiff.data.clips import LatentClips
 from ardiff.data.latent_space import LatentSpace
-from ardiff.data.mixture import open_data
+from ardiff.data.mixture import Mixture, open_data
 from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import build_dit
@@ -28,7 +28,8 @@ from ardiff.monitor.throughput import dit_flops
 from ardiff.sampling.decoder import Decoder
 from ardiff.sampling.generate import default_request, generate
 from ardiff.training import program
-from ardiff.training.job import Feed, Job, Preview
+from ardiff.training.job import Feed, Job, Preview, Validate
+from ardiff.training.validation import HeldOutClips, HeldOutLoss, check_latents, open_held_out
 
 NAME = "DiT"
 
@@ -39,14 +40,7 @@ def build_job(config: Config) -> Job:
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of latent shards made by data_tools.extract_latents")
     _refuse_settings_of_auto_encoders(config)
-    data = open_data(config, "latents", model.num_frames)
-    details = data.manifest.details
-    found, needed = (details["tokens"], details["channels"]), (model.tokens_per_frame, model.in_channels)
-    if found != needed:
-        raise UserError(
-            f"{data.source}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
-            f"model.in_channels = {needed[0]} x {needed[1]}"
-        )
+    data = _open_latents(config)
     classes = len(data.classes)
     if model.num_classes and model.num_classes != classes:
         raise UserError(f"model.num_classes = {model.num_classes}, but the data have {classes} classes")
@@ -58,6 +52,7 @@ def build_job(config: Config) -> Job:
         )
     space = LatentSpace.of(data.manifest, config.data.normalize)
     preview, note = _preview(config, space)
+    validate, measured = _validation(config, data, space)
     feed = Feed(data, LatentClips(data, space, config), dit_flops(model), model.num_frames * model.tokens_per_frame)
     return Job(
         name=NAME,
@@ -66,16 +61,46 @@ def build_job(config: Config) -> Job:
         feeds=[feed] * len(config.train.phases),
         latent_space=space,
         preview=preview,
-        notes=[note],
+        validate=validate,
+        notes=[note, f"validation: {measured}"],
     )
+
+
+def _open_latents(config: Config) -> Mixture:
+    """Latent shards of the size that the network takes."""
+    model = config.model
+    data = open_data(config, "latents", model.num_frames)
+    details = data.manifest.details
+    found, needed = (details["tokens"], details["channels"]), (model.tokens_per_frame, model.in_channels)
+    if found != needed:
+        raise UserError(
+            f"{data.source}: latents of {found[0]} tokens x {found[1]} channels, but model.tokens_per_frame x "
+            f"model.in_channels = {needed[0]} x {needed[1]}"
+        )
+    return data
+
+
+def _validation(config: Config, data: Mixture, space: LatentSpace) -> tuple[Validate | None, str]:
+    """The loss on held-out videos, and what is to be said of it."""
+    every = config.train.validate_every
+    if not every and config.data.validation is None:
+        return None, "never (train.validate_every = 0)"
+    held_out = open_held_out(config, data, _open_latents)
+    if held_out is None:
+        return None, "none (no held-out latents: name them with --data.validation)"
+    check_latents(held_out, space, config.model.num_classes)
+    clips = HeldOutClips(held_out, space, config)
+    if not every:
+        return None, "never (train.validate_every = 0)"
+    short = f" ({clips.num_left_out} videos are too short)" if clips.num_left_out else ""
+    note = f"{held_out.source}, {len(clips)} clips of {clips.num_videos} videos{short}, every {every} steps"
+    return HeldOutLoss(clips, config.train.micro_batch_size), note
 
 
 def _refuse_settings_of_auto_encoders(config: Config) -> None:
     fresh = Config()
     for section, name in (
         ("train", "init"),
-        ("train", "validate_every"),
-        ("data", "validation"),
         ("data", "crop_scale"),
     ):
         if getattr(getattr(config, section), name) != getattr(getattr(fresh, section), name):

@@ -7,7 +7,6 @@ Runs under `deepspeed` and `torchrun` as well; the same command again resumes.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from ardiff import cli
 from ardiff.config import Config, Phase
 from ardiff.data.clips import FrameClips
 from ardiff.data.mixture import Mixture, open_data
-from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
 from ardiff.metrics.reconstruction import Reconstruction, reconstruction_metrics
 from ardiff.models.arvae import as_pictures
@@ -35,7 +33,8 @@ from ardiff.monitor.throughput import arvae_flops
 from ardiff.monitor.writers import VALIDATION
 from ardiff.training import program
 from ardiff.training.initialise import initialise
-from ardiff.training.job import Feed, Job, Preview, Validate
+from ardiff.training.job import Feed, Job, Preview
+from ardiff.training.validation import open_held_out
 
 log = logging.getLogger("ardiff")
 NAME = "AR-VAE"
@@ -52,7 +51,7 @@ def build_job(config: Config) -> Job:
     if not (config.data.shards or config.data.mixture):
         raise UserError("--data.shards is needed: a folder of frame shards made by data_tools.shard_videos")
     feeds = _feeds(config)
-    held_out = _held_out(config, feeds[0].data)
+    held_out = open_held_out(config, feeds[0].data, lambda held_out: _open_frames(held_out, 1))
     shown = held_out or feeds[0].data
     measured = "none (no held-out frame shards: name them with --data.validation)"
     if held_out is not None:
@@ -70,7 +69,7 @@ def build_job(config: Config) -> Job:
         build_objective=lambda: ReconstructionObjective(vae, perceptual),
         feeds=feeds,
         preview=_preview(config, shown) if config.train.sample_every else None,
-        validate=_validate(config, held_out, lpips) if held_out is not None and config.train.validate_every else None,
+        validate=Quality(config, held_out, lpips) if held_out is not None and config.train.validate_every else None,
         build_discriminator=(lambda: PatchDiscriminator.of(vae)) if adversarial else None,
         enter=ReconstructionObjective.enter,  # type: ignore[arg-type]
         initialise=_initialise(config.train.init) if config.train.init else None,
@@ -113,21 +112,6 @@ def _open_frames(config: Config, num_frames: int) -> Mixture:
     return data
 
 
-def _held_out(config: Config, trained: Mixture) -> Mixture | None:
-    """Frames of videos that are not trained on: data.validation, or what shard_videos wrote beside the shards."""
-    source = config.data.validation
-    if source is None:
-        beside = Path(config.data.shards or "") / "validation"
-        if not config.data.shards or is_remote(config.data.shards) or not (beside / "manifest.json").is_file():
-            return None
-        source = str(beside)
-    data = dataclasses.replace(config.data, shards=source, mixture=[], order="global")
-    held_out = _open_frames(dataclasses.replace(config, data=data), 1)
-    if any(held_out.sets[0].identity == part.identity for part in trained.sets):
-        raise UserError(f"data.validation = {source}: is what is trained on; name videos that are held out")
-    return held_out
-
-
 def _clips(data: Mixture, num_clips: int, num_frames: int, stride: int) -> Iterator[np.ndarray]:
     """Stretches of videos that lie evenly in the set, each from the middle of its video: uint8 [F, H, W, 3]."""
     for video in np.linspace(0, len(data) - 1, min(num_clips, len(data))).round().astype(int).tolist():
@@ -152,16 +136,31 @@ def _preview(config: Config, data: Mixture) -> Preview:
     return preview
 
 
-def _validate(config: Config, data: Mixture, lpips: LPIPS | None) -> Validate:
-    """Quality of held-out reconstructions, and statistics of their latents."""
+class Quality:
+    """Quality of held-out reconstructions, and statistics of their latents: all measured by rank 0."""
 
-    def validate(network: nn.Module) -> dict[str, Any]:
-        if lpips is not None:
-            lpips.to(next(network.parameters()).device)
-        clips = _clips(data, -(-config.train.validation_frames // VALIDATION_CLIP), VALIDATION_CLIP, config.data.stride)
-        return {f"{VALIDATION}{name}": value for name, value in reconstruction_metrics(network, clips, lpips).items()}
+    def __init__(self, config: Config, data: Mixture, lpips: LPIPS | None) -> None:
+        self.config, self.data, self.lpips = config, data, lpips
 
-    return validate
+    @property
+    def identity(self) -> str:
+        """Of the held-out data."""
+        return self.data.identity
+
+    def measure(self, objective: nn.Module, rank: int, world_size: int) -> dict[str, Any] | None:
+        """The figures, on rank 0."""
+        if rank:
+            return None
+        network: nn.Module = objective.network  # type: ignore[assignment]
+        if self.lpips is not None:
+            self.lpips.to(next(network.parameters()).device)
+        num_clips = -(-self.config.train.validation_frames // VALIDATION_CLIP)
+        clips = _clips(self.data, num_clips, VALIDATION_CLIP, self.config.data.stride)
+        return reconstruction_metrics(network, clips, self.lpips)
+
+    def combine(self, parts: list[Any]) -> dict[str, Any]:
+        """The same, under the names of held-out figures."""
+        return {f"{VALIDATION}{name}": value for name, value in parts[0].items()}
 
 
 def _initialise(source: str) -> Any:

@@ -35,7 +35,9 @@ PUBLIC_KEYS = {
     "train": (
         "seed global_batch_size micro_batch_size max_steps phases warmup_steps betas adam_eps weight_decay "
         "grad_clip ema_decay label_dropout log_every save_every keep_checkpoints sample_every num_threads "
-        "collective_timeout_minutes max_skipped_steps init validate_every validation_frames"
+        "collective_timeout_minutes max_skipped_steps init validate_every validation_frames extra_ema_decays "
+        "save_minutes keep_every probe_tolerance hang_minutes time_limit_minutes spike_sigmas spike_window "
+        "spike_action spike_batches grad_norms_every"
     ),
     "sampling": (
         "num_videos num_steps gap guidance fps block solver eta cache window sink sliding history variable partition "

@@ -34,7 +34,7 @@ POSITIVE = {
     ),
     "train": (
         *("global_batch_size", "micro_batch_size", "log_every", "save_every", "keep_checkpoints"),
-        "validation_frames",
+        *("validation_frames", "spike_batches"),
     ),
     "data": ("stride", "prefetch", "lanes", "lane_window", "decode_threads"),
     "sampling": ("num_videos", "num_steps"),
@@ -73,6 +73,14 @@ BOUNDS = (
     ("train.num_threads", 0, 1e4),
     ("train.collective_timeout_minutes", 0.05, 1e5),
     ("train.max_skipped_steps", 1, 1e9),
+    ("train.save_minutes", 0, 1e6),
+    ("train.keep_every", 0, 1e12),
+    ("train.probe_tolerance", 0, 1e9),
+    ("train.hang_minutes", 0.05, 1e5),
+    ("train.time_limit_minutes", 0, 1e7),
+    ("train.spike_sigmas", 0, 1e6),
+    ("train.spike_window", 10, 1e4),
+    ("train.grad_norms_every", 0, 1e12),
     ("diffusion.flow_shift", 0, 1e3),
     ("sampling.guidance", -1e6, 1e6),
     ("sampling.fps", 0.01, 1e4),
@@ -167,6 +175,14 @@ def _impossible_training(config: Config) -> Iterator[str]:
         yield "train.phases needs a list of {steps: N, lr: X} with N >= 1 and X > 0"
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         yield f"train.betas = {train.betas} must be two numbers in [0, 1)"
+    decays = [train.ema_decay, *train.extra_ema_decays]
+    if len(set(decays)) != len(decays) or not all(0 <= decay < 1 for decay in decays):
+        yield f"train.extra_ema_decays = {train.extra_ema_decays} must be numbers in [0, 1), none twice nor ema_decay"
+    if train.hang_minutes >= train.collective_timeout_minutes:
+        yield (
+            f"train.hang_minutes = {train.hang_minutes:g} must be less than train.collective_timeout_minutes = "
+            f"{train.collective_timeout_minutes:g}: the other ranks would give up before it is known which one hangs"
+        )
     yield from _impossible_stages(config)
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"

@@ -180,7 +180,7 @@ class DataConfig:
     crop_scale: float = 1.0  # of frames for an AR-VAE: least side of a random square that is enlarged; 1: whole frames
     normalize: str = one_of("unit", "standardize", "none")  # unit: each token to length 1, as the reference
     arvae: str | None = None  # decodes samples; None: the one named in the manifest
-    validation: str | None = None  # held-out frame shards, for an AR-VAE; None: SHARDS/validation if it exists
+    validation: str | None = None  # held-out shards; None: SHARDS/validation if it exists
     prefetch: int = 4  # global batches prepared ahead, at least (small ones are made several at a time)
     decode_threads: int = 2  # per rank, for pictures
     verify: bool = False  # compare the checksum of a video whenever a clip of it is read
@@ -217,18 +217,29 @@ class TrainConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the averaged weights that are sampled, validated and exported
+    extra_ema_decays: list[float] = field(default_factory=list)  # further averages, kept beside it to choose from later
     label_dropout: float = 0.1  # share of samples trained with the null label, for guidance
     log_every: int = 50
-    save_every: int = 1000
-    keep_checkpoints: int = 3
+    save_every: int = 1000  # steps between checkpoints
+    save_minutes: float = 0.0  # and at most so long between them; 0: steps alone decide
+    keep_checkpoints: int = 3  # the last ones
+    keep_every: int = 0  # checkpoints of steps that are a multiple of it are kept for good; 0: none
+    probe_tolerance: float = 0.05  # greatest deviation of predictions, relative, that a loaded checkpoint may show
     sample_every: int = 5000  # 0: no sample videos in TensorBoard
     init: str | None = None  # of an AR-VAE: weights to start from, as far as they fit (a run, an export, TiTok's file)
-    validate_every: int = 0  # of an AR-VAE: steps between measurements on held-out videos; 0: none
+    validate_every: int = 0  # steps between measurements on held-out videos; 0: none
     validation_frames: int = 256  # so many frames of them, at most
     num_threads: int = 0  # CPU threads of a rank; 0: cores / local ranks
     collective_timeout_minutes: float = 30.0
+    hang_minutes: float = 20.0  # a rank without progress for so long ends the run
+    time_limit_minutes: float = 0.0  # stop, with a checkpoint, so long after the start; 0: no limit
     max_skipped_steps: int = 20  # this many steps with non-finite gradients in a row end the run
+    spike_sigmas: float = 8.0  # a loss so many deviations above its recent mean is a spike; 0: do not look
+    spike_window: int = 100  # steps that are recent
+    spike_action: str = one_of("warn", "rollback")  # rollback: to the checkpoint before it, leaving its samples out
+    spike_batches: int = 1  # that a rollback leaves out: the one with the spike and those before it
+    grad_norms_every: int = 0  # steps between reports of the gradient norm of every layer; 0: never
 
 
 @dataclass

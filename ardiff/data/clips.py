@@ -169,7 +169,7 @@ class LatentClips:
         model = self.config.model
         shape = (len(planned.video), model.num_frames, model.tokens_per_frame, model.in_channels)
         latents = np.empty(shape, dtype=np.float16)
-        tokens = self.data.text_tokens if model.context_dim else 0
+        tokens = self.space.text_tokens if model.context_dim else 0
         text = np.zeros((shape[0], tokens, model.context_dim), dtype=np.float32)
         flipped = _flips(self.config, planned.position)
 
@@ -214,7 +214,7 @@ class LatentClips:
                 failed.append((row, error))
                 continue
             text[row] = 0
-            text[row, : len(features)] = features
+            text[row, : len(features)] = features[: text.shape[1]]  # held-out texts may be longer than any trained on
         return failed
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from ardiff.data.remote import ShardCache, is_remote
 from ardiff.data.shards import MANIFEST, MEMBERS, Manifest, ShardEntry, parse_index, read_manifest
-from ardiff.data.tar import ShardError
+from ardiff.data.tar import BLOCK, ShardError, parse_header
 from ardiff.errors import UserError
 
 # What the manifest of each kind must say.
@@ -92,6 +92,11 @@ class ShardSet:
     def has_text(self) -> bool:
         """Whether every video has text features."""
         return self.manifest.kind == "latents" and bool((self._offset[TEXT] >= 0).all())
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """The crc32 of every video's latents, uint32 [V]."""
+        return self._crc[0]
 
     def read_latents(self, video: int, first: int, count: int, stride: int = 1, flipped: bool = False) -> np.ndarray:
         """Frames first, first + stride, ... of a video: float16 [count, L, C]. Raises ShardError."""
@@ -201,6 +206,14 @@ class ShardSet:
         if self.manifest.kind == "latents":
             return self._name(shard), int(self._offset[0, video])
         return self._name(shard), int(self._table(shard)[int(self._first_row[video])]["offset"])
+
+    def key_of(self, video: int) -> str:
+        """The key of a video in its shard, from the header in front of its first data. Raises ShardError."""
+        shard, offset = int(self.shard_of_video[video]), self.place_of(video)[1]
+        position = offset // BLOCK * BLOCK - BLOCK  # the header of a .npy file is shorter than a block
+        header = bytearray(BLOCK)
+        self._read(shard, max(position, 0), memoryview(header))
+        return parse_header(bytes(header), position, Path(self._name(shard))).key
 
     def _picture(self, shard: int, row: np.void) -> np.ndarray:
         data, offset = bytearray(int(row["bytes"])), int(row["offset"])
@@ -423,7 +436,7 @@ def _find_local(text: str) -> Manifest:
     if any(character in text for character in "*?["):
         names = sorted(match for name in names for match in name.parent.glob(name.name))
     if not names:
-        raise UserError(f"--data.shards {text}: no file matches")
+        raise UserError(f"{text}: no file matches")
     return _subset(read_manifest(names[0].parent), names)
 
 
@@ -441,7 +454,7 @@ def _expand(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"--data.shards {pattern}: its braces do not match") from error
+        raise UserError(f"{pattern}: its braces do not match") from error
 
 
 def _subset(manifest: Manifest, names: list[Path]) -> Manifest:

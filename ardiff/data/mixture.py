@@ -156,6 +156,11 @@ class Mixture:
         part, local = self.set_of(video)
         return part.place_of(local)
 
+    def key_of(self, video: int) -> str:
+        """See `ShardSet.key_of`."""
+        part, local = self.set_of(video)
+        return part.key_of(local)
+
     def prepare(self, videos: np.ndarray) -> None:
         """Bring the shards of these videos into the cache, in the order of their first use."""
         for video in videos:

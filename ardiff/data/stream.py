@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -39,6 +39,9 @@ class BatchStream:
 
     Rank r takes the r-th of `world_size` equal stretches of every global batch. An error while reading is raised in the
     consumer at the batch that it concerns.
+
+    skipped: stretches [start, end) of positions that are left out: a global batch that would touch one begins at its
+    end instead. So what follows a batch is a function of where it ends, `position + size`, and of these stretches.
     """
 
     def __init__(
@@ -53,12 +56,15 @@ class BatchStream:
         position: int = 0,
         prefetch: int = 4,
         pin_memory: bool = False,
+        skipped: Sequence[Sequence[int]] = (),
     ) -> None:
         assert global_batch_size % (micro_batch_size * world_size) == 0
         self.data, self.collate = data, collate
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.rank, self.world_size, self.pin_memory = rank, world_size, pin_memory
         self._position = position
+        # With lanes, batches begin at multiples of their number.
+        self._skipped = sorted((start, -(-end // data.lanes) * data.lanes) for start, end in skipped if start < end)
         self._planned: tuple[int, Visits] | None = None  # where they begin; columns [batches, global_batch_size]
         # Planning, reading and the handover between threads cost as much for one small batch as for several: they go
         # in bundles, through two queues in C (what is ready, and permits to make more).
@@ -146,11 +152,12 @@ class BatchStream:
         return Visits(*(column.reshape(lanes, count, -1).transpose(1, 0, 2).reshape(count, -1) for column in visits))
 
     def _produce(self) -> None:
-        batches = 1  # the first one should not wait for others
+        most = 1  # the first one should not wait for others
         while True:
             self._permits.get()
             if self._closed.is_set():
                 return
+            self._position, batches = self._next_run(self._position, most)
             bundle: list[GlobalBatch | BaseException] = []
             try:
                 bundle += self.read(self._position, batches)
@@ -163,7 +170,17 @@ class BatchStream:
                         return
             self._position += batches * self.global_batch_size
             self._ready.put(bundle)
-            batches = self._bundle
+            most = self._bundle
+
+    def _next_run(self, position: int, most: int) -> tuple[int, int]:
+        """Where the next global batch at or behind `position` begins, and how many (at most `most`) follow in a row."""
+        size = self.global_batch_size
+        for start, end in self._skipped:  # sorted, so none of those before one that is passed over is touched
+            if position < end:
+                if position + size <= start:
+                    return position, min(most, (start - position) // size)
+                position = end
+        return position, most
 
     def _fetch_ahead(self) -> None:
         """Bring the shards of this rank's next batches into the cache before they are read."""
@@ -173,6 +190,7 @@ class BatchStream:
             if position >= self._position + LOOKAHEAD * size:
                 self._closed.wait(0.05)
                 continue
+            position = self._next_run(position, 1)[0]
             try:
                 videos = self.data.visits(position, size).video[self.rank * share : (self.rank + 1) * share]
                 self.data.prepare(videos)

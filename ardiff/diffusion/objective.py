@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ardiff.config import Config
 from ardiff.diffusion.schedule import Schedule
+from ardiff.randomness import synthetic
 from ardiff.terms import Terms
 
 DECILES = 10
@@ -23,6 +24,7 @@ class DiffusionObjective(nn.Module):
         super().__init__()
         self.network = network
         self.schedule = Schedule.from_config(config.diffusion, config.vae.image_size, config.model.num_frames)
+        self.config = config.model
         self.elements_per_frame = config.model.tokens_per_frame * config.model.in_channels
         # Otherwise no frame of a window reads the frames after it (windows end where blocks end).
         self.cuts_windows = config.model.mask == "bidirectional" or config.model.context == "leaky"
@@ -51,6 +53,18 @@ class DiffusionObjective(nn.Module):
             ),
             "loss_by_frame": (detached.sum(0), counts.sum(0)),
         }
+
+    def probe(self) -> Tensor:
+        """The network's output [1, F, L, C] for an input that is a function of the shapes alone: numbers of variance 1,
+        timesteps that rise over the frames, the first class, and a context of two tokens, as far as it takes them.
+        """
+        config, device = self.config, next(self.network.parameters()).device
+        frames = config.num_frames
+        noise = synthetic((1, frames, config.tokens_per_frame, config.in_channels)).to(device)
+        steps = torch.arange(1, frames + 1, device=device) * self.schedule.num_timesteps // frames - 1
+        label = torch.zeros(1, dtype=torch.int64, device=device) if config.num_classes else None
+        context = synthetic((1, 2, config.context_dim)).to(device) if config.context_dim else None
+        return self.network(noise, self.schedule.labels(steps.clamp(min=0)[None]), label, context)
 
     def _predict(self, x_t: Tensor, labels: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The network's output [B, F, L, C], of no meaning beyond the windows; those frames are read by no other."""

@@ -11,8 +11,10 @@ from ardiff.models.adversarial import adaptive_weight, watching
 from ardiff.models.build import build_arvae
 from ardiff.models.discriminator import hinge_generator
 from ardiff.models.temporal import is_temporal
+from ardiff.randomness import synthetic
 from ardiff.terms import Terms
 
+PROBE_FRAMES = 3
 Judge = Callable[[Tensor], Tensor]  # pictures [N, 3, H, W] -> a discriminator's logits [N, 1, h, w]
 
 
@@ -76,3 +78,11 @@ class ReconstructionObjective(nn.Module):
             terms["adversarial"] = (hinge.detach().double(), frames)
             terms["adaptive_weight"] = (adaptive.double() * frames, frames)
         return {"loss": (loss, frames * pixels), **terms}
+
+    def probe(self) -> Tensor:
+        """Reconstruction [1, 3, 3, H, W] of frames that are a function of the shapes alone; every frame but the first
+        reads those before it where the decoder has learnt or will learn to.
+        """
+        size, device = self.config.image_size, next(self.network.parameters()).device
+        video = 0.5 + synthetic((1, PROBE_FRAMES, 3, size, size)).to(device) * 12**-0.5  # uniform in [0, 1]
+        return self.network.decode(self.network.encode(video))

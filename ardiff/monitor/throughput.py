@@ -83,8 +83,13 @@ class Clock:
         self._steps += 1
 
     def report(self) -> dict[str, float]:
-        """Seconds per step and the share of it spent waiting for data; begins a new interval."""
+        """Seconds per step, and of them those spent waiting for data, also as a share; begins a new interval."""
         elapsed = max(time.perf_counter() - self._begin - self._paused, 1e-9)
         steps, waited = max(self._steps, 1), self._waited
         self.reset()
-        return {"seconds_per_step": elapsed / steps, "data_wait_frac": waited / elapsed}
+        return {
+            "steps": steps,
+            "seconds_per_step": elapsed / steps,
+            "data_wait_seconds": waited,
+            "data_wait_frac": waited / elapsed,
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,16 @@ class MetricsWriter:
         self._lines.flush()
         step = metrics["step"]
         for key, value in metrics.items():
+            chart = f"validation/{key.removeprefix(VALIDATION)}" if key.startswith(VALIDATION) else key
             if isinstance(value, list):
                 for i, part in enumerate(value):
                     if part is not None:
-                        self._board.add_scalar(f"{key}/{i:02d}", part, step)
+                        self._board.add_scalar(f"{chart}/{i:02d}", part, step)
+            elif isinstance(value, dict):
+                for name, part in value.items():
+                    self._board.add_scalar(f"{chart}/{name}", part, step)
             elif key != "step" and value is not None:
-                held_out = key.startswith(VALIDATION)
-                tag = f"validation/{key.removeprefix(VALIDATION)}" if held_out else f"train/{key}"
-                self._board.add_scalar(tag, value, step)
+                self._board.add_scalar(chart if chart != key else f"train/{key}", value, step)
         print(self._summary(metrics), flush=True)
 
     def add_video(self, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
@@ -61,8 +64,9 @@ class MetricsWriter:
         self._board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Have the lines on the disk before a checkpoint is: a resumed run takes them for complete."""
         self._lines.flush()
+        os.fsync(self._lines.fileno())
         self._board.flush()
 
     def close(self) -> None:
@@ -77,11 +81,13 @@ class MetricsWriter:
         filled = round(20 * step / self.max_steps)
         mfu = f" mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
         measured = metrics.get(f"{VALIDATION}psnr")
-        psnr = "" if measured is None else f" held-out PSNR {measured:.2f} dB"
+        held_out = "" if measured is None else f" held-out PSNR {measured:.2f} dB"
+        if (loss := metrics.get(f"{VALIDATION}loss")) is not None:
+            held_out += f" held-out loss {loss:.4f}"
         return (
             f"[{'#' * filled}{'.' * (20 - filled)}] step {step}/{self.max_steps} loss {metrics['loss']:.4f} "
             f"grad {metrics['grad_norm']:.3f} lr {metrics['lr']:.2e} {metrics['clips_per_s']:.1f} clips/s "
-            f"data wait {metrics['data_wait_frac']:.0%}{mfu}{psnr} left {left}"
+            f"data wait {metrics['data_wait_frac']:.0%}{mfu}{held_out} left {left}"
         )
 
 
@@ -104,4 +110,6 @@ def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become strings that Python's float() reads back."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list) else value

@@ -30,6 +30,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all videos (default %(default)s)")
     parser.add_argument("--batch_size", type=int, default=8, help="videos sampled at a time (default %(default)s)")
     parser.add_argument("--weights", choices=("ema", "master"), default="ema", help="averaged or plain weights")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help="which average, of train.ema_decay and "
+                        "train.extra_ema_decays (default the first)")  # fmt: skip
 
 
 def add_own_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +128,7 @@ def check_options(options: argparse.Namespace) -> None:
         return
     if options.out is not None:
         raise UserError("missing --run DIR, a run_dir, a checkpoint of it, or an export; see --help")
-    for name in ("prefix", "ending", "prompts", "label", "text"):
+    for name in ("prefix", "ending", "prompts", "label", "text", "ema"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} {getattr(options, name)}: needs --run DIR, the model that it is for")
 

@@ -1,4 +1,4 @@
-"""The discriminator of adversarial training: a second ZeRO engine, updated in every step beside the first one."""
+"""The discriminator of adversarial training: a second DeepSpeed engine, updated in every step beside the first one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ardiff.models.discriminator import hinge_discriminator
 from ardiff.terms import Terms
+from ardiff.training.checkpoint import ADVERSARY
+from ardiff.training.grad_norms import LayerNorms
 
 
 class DiscriminatorObjective(nn.Module):
@@ -34,9 +36,11 @@ class Adversary:
     Both networks learn in every step, from pictures that were made before either was updated.
     """
 
-    def __init__(self, deepspeed: Any) -> None:
+    def __init__(self, deepspeed: Any, rank: int) -> None:
         self.deepspeed = deepspeed
         self.network = deepspeed.module.network
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        self.layers = LayerNorms(deepspeed.optimizer, names, rank, prefix=ADVERSARY)
         self._fakes: list[Tensor] = []  # judged since the last update
 
     def judge(self, fake: Tensor) -> Tensor:
@@ -50,16 +54,19 @@ class Adversary:
         self._fakes.append(fake.detach())
         return logits.float()
 
-    def learn(self, video: Tensor, mask: Tensor, scale: float) -> Terms:
+    def learn(self, video: Tensor, mask: Tensor, scale: float, measure_layers: bool = False) -> Terms:
         """One micro-batch; weights change at the last one of a global batch. video: [B, F, 3, H, W], mask [B, F].
 
-        scale: what the sum over pictures is multiplied by, for the mean over the global batch.
+        scale: what the sum over pictures is multiplied by, for the mean over the global batch. measure_layers: before
+        an update, which the last micro-batch brings.
         """
         (fake,), self._fakes = self._fakes, []
         real, mask = video.flatten(0, 1), mask.flatten()
         dtype = next(self.network.parameters()).dtype
         terms: Terms = self.deepspeed(real.to(dtype), fake.to(dtype), mask)
         self.deepspeed.backward(terms["discriminator_loss"][0] * scale, scale_wrt_gas=False)
+        if measure_layers:
+            self.layers.measure()
         self.deepspeed.step()
         return {name: (total.detach(), count) for name, (total, count) in terms.items()}
 

@@ -1,41 +1,45 @@
 """Checkpoints: a directory that appears whole or not at all, is verified before use, and fits any world size.
 
     step_00001000/
-      state_rank{r}.safetensors   rank r's canonical slice of master weights, Adam moments and EMA (see flat.py)
+      state_rank{r}.safetensors   rank r's canonical slice of master weights, Adam moments and EMAs (see flat.py)
       state.json                  counters, seeds, data identity, parameter layout, versions
       config.yaml                 the configuration
+      probe.safetensors           what the network predicted for a fixed input (see probe.py)
       MANIFEST.json               bytes and sha256 of every other file
 
-It is written under a temporary name and renamed when every rank has finished; `latest` is replaced last and is only a
-hint: the newest directory that verifies wins. No pickle is written or read.
+It is written under a temporary name and renamed when every rank has finished (saving.py); `latest` is replaced last and
+is only a hint: the newest directory that verifies wins. No pickle is written or read.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ardiff.config import Config, to_yaml
 from ardiff.errors import UserError
-from ardiff.files import sha256, sync, write_json, write_text
-from ardiff.training.distributed import World
-from ardiff.training.ema import ShardedEMA
+from ardiff.files import sha256
+from ardiff.training.ema import MAIN, ShardedEMA, ema_name
 from ardiff.training.flat import FlatState
 
 log = logging.getLogger("ardiff")
 FORMAT_VERSION = 1
+PROBE = "probe.safetensors"
+READERS = 8  # files that are verified at a time
 ADVERSARY = "discriminator."  # what names of its parameters begin with; its groups come last and have no average
 
 
@@ -58,6 +62,9 @@ class State:
     latent_space: dict[str, Any] | None = None  # see LatentSpace; None for an AR-VAE
     mixture: list[list[Any]] = field(default_factory=list)  # [position, weights] of every change of weights
     bad_samples: list[list[Any]] = field(default_factory=list)  # [position, shard, offset, reason]: replaced ones
+    skipped: list[list[Any]] = field(default_factory=list)  # [start, end, reason]: positions that were left out
+    recent_losses: list[float] = field(default_factory=list)  # what the detector of spikes remembers
+    ema_decays: list[float] = field(default_factory=list)  # of the averages, the main one first; old files do not say
     slices: list[list[tuple[int, int]]] = field(default_factory=list)  # per rank and group: canonical [start, end)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
@@ -68,78 +75,42 @@ def step_directory(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def save(
-    run_dir: Path,
-    state: State,
-    flat: FlatState,
-    ema: ShardedEMA,
-    objective: torch.nn.Module,
-    config: Config,
-    world: World,
-) -> Path:
-    """Write one checkpoint (collective). Raises UserError on every rank if any rank could not write its part."""
-    final = step_directory(run_dir, state.step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    name = f"state_rank{world.rank}.safetensors"
-    entry: dict[str, Any] = {"name": name, "slices": flat.ranges()}
-    try:
-        tensors = flat.export()
-        for group, average in enumerate(ema.partitions):
-            tensors[f"group{group}.ema"] = flat.strip(group, average)
-        if world.is_main:
-            tensors.update({f"buffer.{key}": value.cpu() for key, value in objective.named_buffers()})
-        save_file(tensors, temporary / name)
-        sync(temporary / name)
-        entry |= _describe(temporary / name)
-    except (OSError, SafetensorError) as error:
-        entry["error"] = f"rank {world.rank}: {error}"
-    entries = world.gather(entry)
-    world.from_main(lambda: _finish(temporary, final, entries, state, config))
-    return final
+def unfinished(final: Path) -> Path:
+    """The name under which a checkpoint is written."""
+    return final.with_name(f".{final.name}.tmp")
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+def rank_file(rank: int) -> str:
+    """The file of one rank."""
+    return f"state_rank{rank}.safetensors"
 
 
-def _finish(temporary: Path, final: Path, entries: list[dict[str, Any]], state: State, config: Config) -> None:
-    errors = [entry["error"] for entry in entries if "error" in entry]
-    try:
-        if errors:
-            raise OSError(errors[0])
-        state.slices = [entry["slices"] for entry in entries]
-        write_json(temporary / "state.json", asdict(state))
-        write_text(temporary / "config.yaml", to_yaml(config))
-        files = {entry["name"]: {key: entry[key] for key in ("bytes", "sha256")} for entry in entries}
-        files |= {name: _describe(temporary / name) for name in ("state.json", "config.yaml")}
-        write_json(temporary / "MANIFEST.json", {"format": FORMAT_VERSION, "files": files})
-        if final.exists():  # a checkpoint of the same step that did not verify
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(final.parent)
-        write_text(final.parent / "latest", final.name + "\n")
-        _prune(final, config.train.keep_checkpoints)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{final}: the checkpoint could not be written ({error}); "
-            "earlier ones are intact, make room and start again"
-        ) from error
+def prune(newest: Path, keep: int, keep_every: int) -> None:
+    """Keep the last `keep` up to `newest`, which is valid, and for good those of steps that are a multiple of
+    `keep_every` (0: none). What claims to be newer is not of this run's course: it is set aside, not counted.
+    """
+    set_newer_aside(newest, "damaged")
+    found = [path for path in _directories(newest.parent) if path.name <= newest.name]
+    for old in found[:-keep]:
+        if not keep_every or _step_of(old) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
+    remove_unfinished(newest.parent)
 
 
-def _prune(newest: Path, keep: int) -> None:
-    """Keep the last `keep` up to `newest`. What claims to be newer did not verify: it is set aside, not counted."""
-    found = _directories(newest.parent)
-    for damaged in (path for path in found if path.name > newest.name):
-        damaged.rename(damaged.with_name(f"damaged_{damaged.name}_{time.time_ns()}"))
-    for old in [path for path in found if path.name <= newest.name][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for unfinished in newest.parent.glob(".step_*.tmp"):
+def set_newer_aside(checkpoint: Path, why: str) -> None:
+    """Rename what is newer than a checkpoint to `{why}_step_...`, so that the run goes on from this one."""
+    for newer in (path for path in _directories(checkpoint.parent) if path.name > checkpoint.name):
+        newer.rename(newer.with_name(f"{why}_{newer.name}_{time.time_ns()}"))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed run was writing. Nothing may be writing there."""
+    for unfinished in folder.glob(".step_*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _directories(folder: Path) -> list[Path]:
@@ -153,18 +124,29 @@ def exists_in(run_dir: Path) -> bool:
 
 
 def problem_with(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None when every file is as its manifest says."""
+    """Why a checkpoint cannot be used, or None when it is complete and every file is as its manifest says."""
     try:
-        manifest = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))
-        for name, expected in manifest["files"].items():
-            path = checkpoint / name
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if sha256(path) != expected["sha256"]:
-                return f"{name} does not have its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
+        for name in files:
+            if Path(name).name != name:
+                return f"MANIFEST.json names {name!r}, which is not a file of this folder"
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:  # hashing needs no interpreter
+            for problem in readers.map(lambda name: _problem_with_file(checkpoint / name, files[name]), files):
+                if problem is not None:
+                    return problem
+        world_size = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["world_size"]
+        for name in chain(("state.json", "config.yaml"), map(rank_file, range(world_size))):
+            if name not in files:
+                return f"MANIFEST.json does not list {name}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _problem_with_file(path: Path, expected: dict[str, Any]) -> str | None:
+    if path.stat().st_size != expected["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    return None if sha256(path) == expected["sha256"] else f"{path.name} does not have its checksum"
 
 
 def newest_valid(run_dir: Path) -> Path | None:
@@ -184,18 +166,35 @@ def newest_valid(run_dir: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> State:
-    """state.json of a verified checkpoint."""
-    value = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    if value.get("format") != FORMAT_VERSION:
-        raise UserError(f"{checkpoint}: format {value.get('format')}, this version reads format {FORMAT_VERSION}")
-    value["layout"] = [[(name, list(shape)) for name, shape in group] for group in value["layout"]]
-    if isinstance(value.get("ema_updates"), int):  # of before groups could be frozen
-        value["ema_updates"] = [value["ema_updates"]] * len(value["layout"])
-    value["slices"] = [[(start, end) for start, end in groups] for groups in value["slices"]]
+    """state.json of a verified checkpoint. Raises UserError where it is not one of this format."""
     try:
+        value = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError("not a JSON object")
+        if value.get("format") != FORMAT_VERSION:
+            raise UserError(f"{checkpoint}: format {value.get('format')}, this version reads format {FORMAT_VERSION}")
+        value["layout"] = [[(str(name), list(shape)) for name, shape in group] for group in value["layout"]]
+        if isinstance(value.get("ema_updates"), int):  # of before groups could be frozen
+            value["ema_updates"] = [value["ema_updates"]] * len(value["layout"])
+        value["slices"] = [[(int(start), int(end)) for start, end in groups] for groups in value["slices"]]
+        if [len(groups) for groups in value["slices"]] != [len(value["layout"])] * value["world_size"]:
+            raise TypeError("its slices are not those of all ranks and groups")
         return State(**value)
-    except TypeError as error:
-        raise UserError(f"{checkpoint}: written by another version of ardiff ({error})") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{checkpoint / 'state.json'}: not what this version of ardiff writes"
+        raise UserError(f"{what} ({type(error).__name__}: {error}); use the version that wrote it") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file for reading, as from `safe_open`. Raises UserError, naming it, for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not what it should be ({error}); delete this checkpoint") from error
 
 
 def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Tensor]:
@@ -207,29 +206,65 @@ def range_reader(checkpoint: Path, state: State) -> Callable[[str, int, int], Te
         for rank, slices in enumerate(state.slices):
             low, high = max(start, slices[group][0]), min(end, slices[group][1])
             if low < high:
-                path, offset = checkpoint / f"state_rank{rank}.safetensors", slices[group][0]
-                try:
-                    with safe_open(path, framework="pt") as file:
-                        parts.append(file.get_slice(name)[low - offset : high - offset])
-                except SafetensorError as error:
-                    raise UserError(f"{path}: not what it should be ({error}); delete this checkpoint") from error
-        return torch.cat(parts) if parts else torch.empty(0)
+                path, offset = checkpoint / rank_file(rank), slices[group][0]
+                with opened(path) as file:
+                    part = file.get_slice(name)[low - offset : high - offset]
+                if part.shape != (high - low,) or part.dtype != torch.float32:
+                    raise UserError(f"{path}: {name} has another size than state.json says; delete this checkpoint")
+                parts.append(part)
+        whole = torch.cat(parts) if parts else torch.empty(0)
+        if len(whole) != end - start:
+            raise UserError(f"{checkpoint}: {name} has gaps between its ranks; delete this checkpoint")
+        return whole
 
     return read
 
 
+def stored_average(state: State, wanted: Sequence[float], decay: float) -> str:
+    """The vector of a checkpoint from which the average of `decay`, one of `wanted` (the first: main), goes on."""
+    names = {stored: MAIN if number == 0 else ema_name(stored) for number, stored in enumerate(state.ema_decays)}
+    if decay in names:
+        return names[decay]
+    if state.ema_decays or decay != wanted[0]:  # old checkpoints do not say the decay of their only average
+        log.info("the average of decay %r is not in the checkpoint: it starts from the main one there", decay)
+    return MAIN
+
+
 def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objective: torch.nn.Module) -> None:
-    """Restore this rank's share of a checkpoint, which may have been written by another number of ranks."""
+    """Restore this rank's share of a checkpoint, which may have been written by another number of ranks.
+
+    Averages go by their decay: one that is not stored starts from the main one, one that is not wanted is dropped.
+    """
     read = range_reader(checkpoint, state)
     flat.load(read, state.adam_steps)  # the caller then updates the weights of the model, which is collective
-    for group, average in enumerate(ema.partitions):
-        flat.fill(group, average, read(f"group{group}.ema", *flat.ranges()[group]))
+    for decay, averages in zip(ema.decays, ema.vectors().values(), strict=True):
+        source = stored_average(state, ema.decays, decay)
+        for group, average in enumerate(averages):
+            flat.fill(group, average, read(f"group{group}.{source}", *flat.ranges()[group]))
+    dropped = [decay for decay in state.ema_decays if decay not in ema.decays]
+    if dropped:
+        log.info("no longer kept: the average of decay %s", ", ".join(map(repr, dropped)))
     ema.num_updates = list(state.ema_updates)
     buffers = dict(objective.named_buffers())
-    with safe_open(checkpoint / "state_rank0.safetensors", framework="pt") as file:
+    path = checkpoint / rank_file(0)
+    with opened(path) as file:
         for key in file.keys():  # noqa: SIM118 - not a dictionary
-            if key.startswith("buffer."):
-                buffers[key.removeprefix("buffer.")].copy_(file.get_tensor(key))
+            if not key.startswith("buffer."):
+                continue
+            stored, buffer = file.get_tensor(key), buffers.get(key.removeprefix("buffer."))
+            if buffer is None or buffer.shape != stored.shape:
+                raise UserError(f"{path}: {key} is not of this model; continue with the version that wrote it")
+            buffer.copy_(stored)
+
+
+def read_probe(checkpoint: Path) -> Tensor | None:
+    """What the network predicted when this checkpoint was written (see probe.py); None for one of before that."""
+    path = checkpoint / PROBE
+    if not path.exists():
+        return None
+    with opened(path) as file:
+        prediction: Tensor = file.get_tensor("prediction")
+    return prediction
 
 
 def full_weights(checkpoint: Path, vector: str = "ema") -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import datetime
 import logging
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,9 +46,23 @@ class World:
         """True on the process that prints and writes the shared files."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for all ranks, on the host."""
-        dist.barrier(group=self.control)
+    def barrier(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait for all ranks, on the host. meanwhile: called several times a second, and signals are heard."""
+        if meanwhile is None:
+            dist.barrier(group=self.control)
+            return
+        work = dist.barrier(group=self.control, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            meanwhile()
+            time.sleep(0.1)
+        work.wait()  # raises what went wrong
+
+    def tally(self, name: str, amount: int = 0) -> int:
+        """Add to a number that all ranks share, and read it; not a collective, so any rank may ask at any time."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        return _get_default_store().add(f"ardiff/{name}", amount)
 
     def gather(self, value: T) -> list[T]:
         """One (pickled in memory, never stored) object from every rank, on every rank."""

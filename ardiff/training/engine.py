@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ardiff.config import Config
 from ardiff.data.stream import GlobalBatch
 from ardiff.errors import UserError
-from ardiff.models.temporal import is_temporal
 from ardiff.terms import Terms
+from ardiff.training.adamw import FreezingAdamW, parameter_groups
 from ardiff.training.adversary import Adversary, DiscriminatorObjective
 from ardiff.training.checkpoint import ADVERSARY
 from ardiff.training.distributed import World
+from ardiff.training.grad_norms import LayerNorms, gather_layer_norms
+from ardiff.training.replicated import ReplicatedAdamW
 
 log = logging.getLogger("ardiff")
 
@@ -56,21 +59,33 @@ def _check_ds_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(settings.get(key, {}), dict):
             raise UserError(f'--ds_config {path}: "{key}" must be a JSON object')
+    if "bfloat16" in settings:
+        raise UserError(f'--ds_config {path}: "bfloat16" is an old name; write "bf16"')
     zero, bf16 = settings.get("zero_optimization", {}), bool(settings.get("bf16", {}).get("enabled"))
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        raise UserError(f"--ds_config {path}: zero_optimization.stage = {stage}; ardiff trains with stage 1 or 2")
+    if stage not in (0, 1, 2):
+        raise UserError(f"--ds_config {path}: zero_optimization.stage = {stage}; ardiff trains with stage 0, 1 or 2")
+    if stage == 0 and bf16:
+        raise UserError(
+            f"--ds_config {path}: zero_optimization.stage = 0 is for fp32: DeepSpeed's bf16 without ZeRO deviates "
+            "from it far more than stage 2's; use stage 2, or remove bf16"
+        )
     if stage == 1 and bf16:
         raise UserError(f"--ds_config {path}: DeepSpeed keeps no flat master weights in bf16 at stage 1; use stage 2")
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"--ds_config {path}: fp16 is not supported, use bf16 (or neither, for fp32)")
-    if bf16 and settings.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":
+    if settings.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":
         raise UserError(f"--ds_config {path}: data_types.grad_accum_dtype must be fp32")
     for key in ("offload_optimizer", "offload_param"):
         if zero.get(key, {}).get("device", "none") != "none":
             raise UserError(f"--ds_config {path}: zero_optimization.{key} is not supported; remove it")
     if zero.get("round_robin_gradients"):
         raise UserError(f"--ds_config {path}: remove round_robin_gradients, it reorders what checkpoints hold")
+
+
+def _replicates(settings: dict[str, Any]) -> bool:
+    """Whether a ds_config shards nothing (stage 0)."""
+    return settings.get("zero_optimization", {}).get("stage", 0) == 0
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
@@ -85,44 +100,11 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     return train.global_batch_size // per_step
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups in the order of `named_parameters`: matrices decay, vectors (biases, norms) do not; those that read other
-    frames (a temporal decoder's) follow in groups of their own, which may be frozen apart from the rest.
-    """
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [p for name, p in named if is_temporal(name) == temporal and (p.ndim >= 2) == decays],
-            "decay": decays,
-        }
-        for temporal in (False, True)
-        for decays in (True, False)
-    ]
-    return [
-        {"params": group["params"], "weight_decay": weight_decay if group["decay"] else 0.0}
-        for group in groups
-        if group["params"]
-    ]
-
-
 class Applied(NamedTuple):
     """What a step changed: nothing where gradients were not finite."""
 
     network: bool
     everything: bool  # the discriminator too, where there is one
-
-
-class FreezingAdamW(torch.optim.AdamW):
-    """AdamW that leaves groups with a learning rate of 0 alone: frozen parameters keep moments and step count."""
-
-    def step(self, closure: Any = None) -> Any:
-        """One step of the groups that learn."""
-        everything = self.param_groups
-        self.param_groups = [group for group in everything if group["lr"] > 0]
-        try:
-            return super().step(closure)
-        finally:
-            self.param_groups = everything
 
 
 def warm_up(config: Config, step: int) -> float:
@@ -136,9 +118,10 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 class Engine:
-    """Forward, backward and optimizer step of one global batch under ZeRO-1/2.
+    """Forward, backward and optimizer step of one global batch under ZeRO-0/1/2.
 
     discriminator: makes the stage `adversarial` possible; see `Adversary`.
+    forward_timer: a context that is entered around each forward pass of the network; may be set.
     """
 
     def __init__(
@@ -150,6 +133,7 @@ class Engine:
         discriminator: nn.Module | None = None,
     ) -> None:
         self.config, self.world = config, world
+        self.forward_timer: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.accumulation = accumulation_steps(config, world.size)
         train = config.train
         self.ds_config = {
@@ -157,7 +141,7 @@ class Engine:
             "train_batch_size": train.global_batch_size,
             "train_micro_batch_size_per_gpu": train.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": train.grad_clip,
+            "gradient_clipping": 0.0 if _replicates(ds_settings) else train.grad_clip,  # then our optimizer clips
             "steps_per_print": 1_000_000_000,
         }
         for key in ("optimizer", "scheduler"):
@@ -170,7 +154,10 @@ class Engine:
         self.adversary: Adversary | None = None
         if discriminator is not None:
             module = DiscriminatorObjective(discriminator)
-            self.adversary = Adversary(self._initialize(module, parameter_groups(module, train.weight_decay)))
+            self.adversary = Adversary(
+                self._initialize(module, parameter_groups(module, train.weight_decay)), world.rank
+            )
+        self._layers = LayerNorms(self.optimizers[0], self.parameter_names(), world.rank)
         self.elements_per_frame = int(objective.elements_per_frame)  # type: ignore[arg-type]
 
     def _initialize(self, module: nn.Module, groups: list[dict[str, Any]]) -> Any:
@@ -181,15 +168,22 @@ class Engine:
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         train = self.config.train
-        if FreezingAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # which are compared by type
-            ZERO_SUPPORTED_OPTIMIZERS.append(FreezingAdamW)
-        optimizer = FreezingAdamW(
-            groups,
-            lr=learning_rate(self.config, 1),
-            betas=(train.betas[0], train.betas[1]),
-            eps=train.adam_eps,
-            fused=self.world.device.type == "cuda",
-        )
+        settings: dict[str, Any] = {
+            "lr": learning_rate(self.config, 1),
+            "betas": (train.betas[0], train.betas[1]),
+            "eps": train.adam_eps,
+            "fused": self.world.device.type == "cuda",
+        }
+        optimizer: Any
+        if _replicates(self.ds_config):
+            world = self.world
+
+            def optimizer(_: Any) -> ReplicatedAdamW:  # called when the parameters are on the device, and rank 0's
+                return ReplicatedAdamW(groups, train.grad_clip, world.rank, world.size, **settings)
+        else:
+            if FreezingAdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # which are compared by type
+                ZERO_SUPPORTED_OPTIMIZERS.append(FreezingAdamW)
+            optimizer = FreezingAdamW(groups, **settings)
         try:
             return deepspeed.initialize(model=module, optimizer=optimizer, config=dict(self.ds_config))[0]
         except (pydantic.ValidationError, DeepSpeedConfigError) as error:
@@ -207,7 +201,7 @@ class Engine:
 
     @property
     def optimizers(self) -> list[Any]:
-        """ZeRO's, of the network and then of the discriminator."""
+        """Of the network and then of the discriminator: ZeRO's, or at stage 0 ours, which look alike."""
         return [self.deepspeed.optimizer] + ([self.adversary.deepspeed.optimizer] if self.adversary else [])
 
     def parameter_names(self) -> dict[int, str]:
@@ -234,12 +228,17 @@ class Engine:
             own = self.config.vae.discriminator_lr * warm_up(self.config, step)
             self.adversary.set_learning_rate(own or lr)
 
-    def step(self, batch: GlobalBatch, step: int) -> tuple[list[Terms], Applied]:
+    def step(self, batch: GlobalBatch, step: int, measure_layers: bool = False) -> tuple[list[Terms], Applied]:
         """Train on one global batch; returns this rank's loss terms per micro-batch and which weights changed.
 
         The gradient is that of (sum over unmasked elements) / (their count in the global batch).
+
+        measure_layers: makes `layer_norms` of this step known; the same on all ranks.
         """
         self._set_learning_rates(step)
+        self._layers.forget()
+        if self.adversary is not None:
+            self.adversary.layers.forget()
         adversary = self.adversary if self.config.phase_of(step).stage == "adversarial" else None
         extra = {} if adversary is None else {"judge": adversary.judge, "trust": self.config.adversarial_ramp(step)}
         # DeepSpeed averages gradients over ranks; multiplying by their number makes it the sum.
@@ -247,18 +246,34 @@ class Engine:
         all_terms: list[Terms] = []
         for micro_batch in batch.micro_batches:
             on_device = {name: part.to(self.world.device, non_blocking=True) for name, part in micro_batch.items()}
-            terms: Terms = self.deepspeed(on_device, **extra)
+            with self.forward_timer():
+                terms: Terms = self.deepspeed(on_device, **extra)
             # DeepSpeed's coalesce_grad_reduction would reduce once per step, but it adds up micro-batches in bf16.
             self.deepspeed.backward(terms["loss"][0] * scale, scale_wrt_gas=False)
+            last = self.deepspeed.is_gradient_accumulation_boundary()
+            if measure_layers and last:
+                self._layers.measure()
             self.deepspeed.step()  # updates at the last micro-batch only
             if adversary is not None:
                 terms = {
                     **terms,
-                    **adversary.learn(on_device["video"], on_device["mask"], self.world.size / batch.num_frames),
+                    **adversary.learn(
+                        on_device["video"],
+                        on_device["mask"],
+                        self.world.size / batch.num_frames,
+                        measure_layers and last,
+                    ),
                 }
             all_terms.append({name: (total.detach(), count) for name, (total, count) in terms.items()})
         network = self.deepspeed.was_step_applied()
         return all_terms, Applied(network, network and (adversary is None or adversary.deepspeed.was_step_applied()))
+
+    def layer_norms(self) -> dict[str, float]:
+        """Gradient norm of the last step by layer, before clipping, the discriminator's as `discriminator.LAYER`
+        (collective); empty unless that step was measured, infinite where gradients were not finite.
+        """
+        parts = [self._layers] + ([self.adversary.layers] if self.adversary else [])
+        return gather_layer_norms(parts, self.world)
 
     def grad_norm(self) -> Tensor | float:
         """Global gradient norm of the last step, before clipping."""

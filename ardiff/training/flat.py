@@ -7,7 +7,7 @@ padding. `FlatState` maps between this rank's padded slices and the canonical ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,11 @@ def spans_of(numels: list[int], padded_offsets: list[int], start: int, end: int)
     return spans
 
 
+def fresh_memory(name: str, length: int, like: Tensor) -> Tensor:
+    """New host memory for a slice."""
+    return torch.empty(length, dtype=like.dtype)
+
+
 class FlatState:
     """This rank's slices of master weights and Adam moments inside ZeRO-1/2 optimizers, whose groups are counted on."""
 
@@ -68,10 +73,17 @@ class FlatState:
             (spans[0].canonical, spans[-1].canonical + spans[-1].length) if spans else (0, 0) for spans in self.spans
         ]
 
-    def strip(self, group: int, padded: Tensor) -> Tensor:
-        """A padded slice without its padding, on the host."""
-        parts = [padded[span.local : span.local + span.length] for span in self.spans[group]]
-        return (torch.cat(parts) if parts else padded[:0]).detach().cpu().contiguous()
+    def extract(self, group: int, padded: Tensor | None, host: Tensor) -> None:
+        """Copy a padded slice without its padding into `host` (None: zeros). Of a GPU's tensors the copy may still be
+        under way on return: synchronise before reading.
+        """
+        if padded is None:
+            host.zero_()
+            return
+        start = self.ranges()[group][0]
+        for span in self.spans[group]:
+            source = padded[span.local : span.local + span.length].detach()
+            host[span.canonical - start : span.canonical - start + span.length].copy_(source, non_blocking=True)
 
     def fill(self, group: int, padded: Tensor, canonical: Tensor) -> None:
         """Write a canonical range into a padded slice."""
@@ -80,15 +92,31 @@ class FlatState:
             source = canonical[span.canonical - start : span.canonical - start + span.length]
             padded[span.local : span.local + span.length].copy_(source)
 
-    def export(self) -> dict[str, Tensor]:
-        """`group{g}.{vector}` -> canonical slice, for every vector of VECTORS."""
+    def vectors(self) -> dict[str, list[Tensor | None]]:
+        """Vector of VECTORS -> this rank's padded slice per group; None for moments before the first step."""
+        moments = [self._adam(group) for group in range(len(self.partitions))]
+        return {
+            "master": list(self.partitions),
+            "exp_avg": [state.get("exp_avg") for state in moments],
+            "exp_avg_sq": [state.get("exp_avg_sq") for state in moments],
+        }
+
+    def export(
+        self,
+        averages: Mapping[str, Sequence[Tensor | None]] | None = None,
+        room: Callable[[str, int, Tensor], Tensor] = fresh_memory,
+    ) -> dict[str, Tensor]:
+        """`group{g}.{vector}` -> canonical slice in host memory, of `vectors` and of further ones like them.
+
+        room(name, length, like): where to put a slice, of the type of `like`. See `extract` on GPUs.
+        """
         tensors = {}
-        for group, master in enumerate(self.partitions):
-            state = self._adam(group)
-            vectors = {"master": master, "exp_avg": state.get("exp_avg"), "exp_avg_sq": state.get("exp_avg_sq")}
-            for name, vector in vectors.items():
-                full = torch.zeros_like(master) if vector is None else vector
-                tensors[f"group{group}.{name}"] = self.strip(group, full)
+        for name, slices in {**self.vectors(), **(averages or {})}.items():
+            for group, padded in enumerate(slices):
+                start, end = self.ranges()[group]
+                key = f"group{group}.{name}"
+                tensors[key] = room(key, end - start, self.partitions[group])
+                self.extract(group, padded, tensors[key])
         return tensors
 
     def load(self, read: Callable[[str, int, int], Tensor], adam_steps: list[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
@@ -15,7 +15,26 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.data.mixture import Mixture
 
 Preview = Callable[[nn.Module], dict[str, np.ndarray]]  # network -> tag -> video uint8 [F, H, W, 3]
-Validate = Callable[[nn.Module], dict[str, Any]]  # network -> name -> number or list of numbers
+
+
+class Validate(Protocol):
+    """What is measured on held-out data while training, shared by all ranks.
+
+    Called with averaged weights, in evaluation mode and without gradients.
+    """
+
+    @property
+    def identity(self) -> str:
+        """Of the held-out data: the same on all ranks."""
+        ...
+
+    def measure(self, objective: nn.Module, rank: int, world_size: int, /) -> Any:
+        """This rank's share of the work: small and picklable. No collectives, so it may raise."""
+        ...
+
+    def combine(self, parts: list[Any], /) -> dict[str, Any]:
+        """The shares of all ranks in order -> figures `validation_...`, numbers or lists of numbers. Rank 0 only."""
+        ...
 
 
 @dataclass
@@ -39,7 +58,7 @@ class Job:
     feeds: list[Feed]  # of each of train.phases; the same object where nothing changes
     latent_space: LatentSpace | None = None  # what the network's latents mean
     preview: Preview | None = None  # on rank 0, with EMA weights, in evaluation mode
-    validate: Validate | None = None  # the same
+    validate: Validate | None = None  # the same on all ranks, see there
     build_discriminator: Callable[[], nn.Module] | None = None  # for stages that have one
     enter: Callable[[nn.Module, Phase], None] | None = None  # prepares the objective for a phase
     initialise: Callable[[nn.Module], None] | None = None  # gives a new run's network weights to start from

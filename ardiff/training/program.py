@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ import torch
 from ardiff import cli
 from ardiff.config import Config, TrainConfig, to_yaml
 from ardiff.errors import EchoedError, UserError
+from ardiff.launching.orphans import stop_with_launcher
 from ardiff.training import distributed, run_dir
 from ardiff.training.engine import accumulation_steps, read_ds_config
 from ardiff.training.job import Job
-from ardiff.training.loop import FINISHED, Outcome, Trainer, train
+from ardiff.training.loop import FINISHED, Outcome, train
+from ardiff.training.rank_log import open_rank_log
+from ardiff.training.trainer import Trainer
+from ardiff.training.watchdog import Watchdog
 
 log = logging.getLogger("ardiff")
 BuildJob = Callable[[Config], Job]
@@ -45,10 +50,12 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed:
     name: what is trained, as in `Job.name`. fixed: sections and settings of the configuration that a run_dir is made
     for; with others it is refused.
     """
+    started = time.monotonic()
     options, _ = parser.parse_known_args()
     distributed.launcher_environment()
+    stop_with_launcher()
     try:
-        outcome = _train(parser, build_job, name, fixed)
+        outcome = _train(parser, build_job, name, fixed, started)
     except BaseException as error:
         _record_failure(options.run_dir, error)
         raise
@@ -62,7 +69,9 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed:
     return cli.EXIT_OK
 
 
-def _train(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...]) -> Outcome:
+def _train(
+    parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...], started: float
+) -> Outcome:
     _configure_logging()
     prepared: tuple[Path, Config, dict[str, Any], Job] | None = None
     mistake: UserError | None = None
@@ -82,6 +91,7 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixe
         {
             "data": f"{job.data.identity[:16]} ({len(job.data)} videos, {job.data.visits_per_epoch} clips)",
             "data.order": job.data.order,
+            "held-out data": "none" if job.validate is None else job.validate.identity[:16],
             "the latent space": "none" if job.latent_space is None else job.latent_space.arvae_id,
             "the configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16],
         }
@@ -89,14 +99,20 @@ def _train(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixe
     world.from_main(lambda: run_dir.lock(folder))
     global _run_dir_is_ours
     _run_dir_is_ours = True
-    trainer = Trainer(job, folder, ds_settings, world)
-    if world.is_main:
-        _announce(job, trainer, folder)
-    trainer.resume()  # may still refuse, so nothing is written before it
-    if world.is_main:
-        run_dir.describe(folder, config, job.name, trainer.engine.ds_config, world.size)
-        run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
-    return train(trainer)
+    open_rank_log(folder, world.rank, world.size)
+    with Watchdog(folder, world.rank, world.size, config.train.hang_minutes) as watchdog:
+        watchdog.enter("building the model", 0)
+        trainer = Trainer(job, folder, ds_settings, world, watchdog, started)
+        if world.is_main:
+            _announce(job, trainer, folder)
+        with trainer.stop:
+            trainer.resume()  # may still refuse, so nothing of the run is written before it
+            if world.is_main:
+                run_dir.describe(folder, config, job.name, trainer.engine.ds_config, world.size)
+                run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
+            outcome = train(trainer)
+        world.barrier()  # a rank that has gone cuts the connections of one that is still being told
+        return outcome
 
 
 def _prepare(

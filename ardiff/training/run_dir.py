@@ -42,7 +42,7 @@ def is_ours(run_dir: Path) -> bool:
 
 def _contents(run_dir: Path) -> list[Path]:
     """What lies in a folder besides the notes of an earlier refusal."""
-    notes = ("exit.json", ".lock")
+    notes = ("exit.json", ".lock", "logs", "restarts.jsonl")
     return [path for path in run_dir.iterdir() if path.name not in notes] if run_dir.is_dir() else []
 
 

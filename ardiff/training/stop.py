@@ -1,8 +1,10 @@
-"""Stopping together: a signal on any rank ends the run at the same step on all of them."""
+"""Stopping and deciding together: what any rank has to say ends or saves the run at the same step on all of them."""
 
 from __future__ import annotations
 
 import signal
+import time
+from dataclasses import dataclass
 from types import FrameType
 
 import torch
@@ -11,19 +13,24 @@ import torch.distributed as dist
 from ardiff.training.distributed import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TIME_LIMIT = "time limit"
+REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
+
+
+class Interrupted(BaseException):
+    """Raised inside validation and sampling when the run has been asked to stop; no handler of errors stops it."""
 
 
 class StopSignal:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while entered; `agreed` tells every rank of it at the same step.
+    """Catches SIGTERM, SIGINT and SIGUSR1 while entered, and knows when the time is up.
 
-    The ranks' flags are added up by a collective on the host that runs while the next step is computed, so asking
-    costs nothing; the answer is one step old.
+    minutes: after `started` (time.monotonic), the time limit of the run; 0: none.
     """
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.received: str | None = None
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+    def __init__(self, minutes: float = 0.0, started: float | None = None) -> None:
+        begin = time.monotonic() if started is None else started
+        self._deadline = begin + 60 * minutes if minutes else None
+        self._received: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -36,24 +43,67 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number).name
+        self._received = self._received or signal.Signals(number).name
 
-    def agreed(self) -> str | None:
-        """Once per step, on every rank: the name of the signal some rank had received a step ago, or None."""
-        answer = None
-        if self._pending is not None:
-            work, flags = self._pending
-            work.wait()
-            names = [signal.Signals(number).name for number, flag in zip(SIGNALS, flags.tolist(), strict=True) if flag]
-            answer = names[0] if names else None
-        flags = torch.tensor([int(self.received == signal.Signals(number).name) for number in SIGNALS])
-        work = dist.all_reduce(flags, group=self._world.control, async_op=True)
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, if it does."""
+        if self._received is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._received = TIME_LIMIT
+        return self._received
+
+
+@dataclass
+class Say:
+    """What one rank has to tell after a step."""
+
+    stop: str | None = None  # one of REASONS
+    save: bool = False  # it is time for a checkpoint
+    failed: bool = False  # the last checkpoint could not be written
+    loss: tuple[float, float] = (0.0, 0.0)  # sum and count of a step's loss on this rank
+
+
+@dataclass
+class Agreed:
+    """What the ranks have told together."""
+
+    stop: str | None = None
+    save: bool = False
+    failed: bool = False
+    loss: float | None = None  # mean over the global batch; None when nobody told one
+
+
+class Agreement:
+    """One sum over all ranks per step, on the host, while the next step is computed: asking costs nothing, and the
+    answer is one step old.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def tell(self, mine: Say) -> Agreed | None:
+        """Once per step, on every rank; returns what was agreed on the call before."""
+        answer = self.settle()
+        flags = [float(mine.stop == reason) for reason in REASONS]
+        values = torch.tensor([*flags, float(mine.save), float(mine.failed), *mine.loss], dtype=torch.float64)
+        work = dist.all_reduce(values, group=self._world.control, async_op=True)
         assert work is not None
-        self._pending = (work, flags)
+        self._pending = (work, values)
         return answer
 
-    def close(self) -> None:
-        """Wait for the collective in flight, so that the next one on this group is not confused with it."""
-        if self._pending is not None:
-            self._pending[0].wait()
-            self._pending = None
+    def settle(self) -> Agreed | None:
+        """Wait for what is in flight, so that the next collective on this group is not confused with it."""
+        if self._pending is None:
+            return None
+        work, values = self._pending
+        self._pending = None
+        work.wait()
+        *flags, save, failed, total, count = values.tolist()
+        reasons = [reason for reason, flag in zip(REASONS, flags, strict=True) if flag]
+        return Agreed(
+            stop=reasons[0] if reasons else None,
+            save=save > 0,
+            failed=failed > 0,
+            loss=total / count if count else None,
+        )

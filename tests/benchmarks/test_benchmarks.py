@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.benchmarks import autoencoder, data_loader, data_preparation, sampling, start_and_resume
+from tests.benchmarks import autoencoder, checkpointing, data_loader, data_preparation, sampling, start_and_resume
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
@@ -60,3 +60,13 @@ def test_autoencoder(capsys):
     assert autoencoder.main(["--quick", "--frames", "4"]) == 0
     (row,) = tables(capsys.readouterr().out)["Auto-encoders: frames per second, clips of 4 frames"]
     assert row[:3] == ["arvae_tiny_stages", "0.3 M", "0.1 M"] and all(float(rate) > 0 for rate in row[6:])
+
+
+@pytest.mark.launcher
+def test_checkpointing(capsys):
+    assert checkpointing.main(["--quick"]) == 0
+    found = tables(capsys.readouterr().out)
+    steps = sum(int(row[1]) for row in found["Steps of tiny, global batch 1"])
+    assert steps == 7  # 12, but for 4 that warm up and the last, whose end is not seen
+    lost = found["Time lost to a checkpoint every 4 steps"]
+    assert all(row[1].endswith(" %") for row in lost) and len(lost) == 2

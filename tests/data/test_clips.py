@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -235,6 +236,15 @@ def test_text_features_are_padded_and_dropped(tmp_path, verify):
         else:
             assert np.array_equal(context[row].numpy(), expected)
     assert 80 < dropped < 160
+
+
+def test_texts_longer_than_any_that_was_trained_on_are_cut(tmp_path):
+    write_rich(tmp_path)
+    data, clips = opened(tmp_path, "model.context_dim=3", "train.label_dropout=0")
+    rows = rows_of(data, size=20)
+    whole = clips(rows).tensors["context"]
+    clips.space = dataclasses.replace(clips.space, text_tokens=2)  # as if these videos were held out
+    assert torch.equal(clips(rows).tensors["context"], whole[:, :2])
 
 
 def test_text_that_is_not_finite_is_a_bad_sample(tmp_path):

@@ -325,3 +325,108 @@ def test_the_producer_stops_at_the_prefetch_limit(shards, each, prefetch, expect
     time.sleep(0.3)  # for what should not happen
     assert len(asked) == expected * GLOBAL
     stream.close()
+
+
+def starts(skipped, count, position=0, size=GLOBAL):
+    """Where global batches begin, worked out one sample after the other."""
+    left_out = {each for start, end in skipped for each in range(start, end)}
+    found = []
+    while len(found) < count:
+        touched = [each for each in range(position, position + size) if each in left_out]
+        if touched:
+            position = max(end for start, end in skipped if start <= touched[0] < end)
+        else:
+            found.append(position)
+            position += size
+    return found
+
+
+SKIPPED = [
+    [(2 * GLOBAL, 3 * GLOBAL)],
+    [(0, GLOBAL)],
+    [(4 * GLOBAL, 5 * GLOBAL), (GLOBAL, 3 * GLOBAL), (5 * GLOBAL, 7 * GLOBAL)],
+    [(GLOBAL + 4, 2 * GLOBAL + 4), (3 * GLOBAL + 8, 4 * GLOBAL)],  # of other batch sizes
+    [(GLOBAL, 4 * GLOBAL), (2 * GLOBAL, 2 * GLOBAL + 8), (3 * GLOBAL, 5 * GLOBAL), (8, 8)],
+]
+
+
+@pytest.mark.parametrize("order", ["global", "lanes"])
+@pytest.mark.parametrize("skipped", SKIPPED)
+def test_skipped_stretches_are_left_out(shards, skipped, order, monkeypatch):
+    monkeypatch.setattr(stream_module, "PLANNED", 3 * GLOBAL)
+    config = settings(f"data.order={order}", "data.lanes=4", "data.lane_window=3")
+    found = take(shards, 8, config, skipped=skipped)
+    assert [batch.position for batch in found] == starts([pair for pair in skipped if pair[0] < pair[1]], 8)
+    for batch in found:  # what stands at a position is the same as ever
+        (alone,) = take(shards, 1, config, position=batch.position)
+        assert (batch.size, batch.num_frames) == (GLOBAL, alone.num_frames)
+        assert_equal(assembled([batch]), assembled([alone]))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("order", ["global", "lanes"])
+def test_any_number_of_ranks_leaves_out_the_same(shards, world, order):
+    config = settings(f"data.order={order}", "data.lanes=4", "data.lane_window=3")
+    for skipped in SKIPPED:
+        expected = take(shards, 6, config, skipped=skipped)
+        ranks = [take(shards, 6, config, skipped=skipped, rank=rank, world_size=world) for rank in range(world)]
+        for one, shares in zip(expected, zip(*ranks, strict=True), strict=True):
+            assert {(share.position, share.num_frames) for share in shares} == {(one.position, one.num_frames)}
+            assert_equal(assembled(shares), assembled([one]))
+
+
+@pytest.mark.parametrize("prefetch", [1, 3, 40])
+@pytest.mark.parametrize("skipped", SKIPPED)
+def test_prefetch_and_restarts_leave_out_the_same(shards, skipped, prefetch):
+    whole = take(shards, 24, skipped=skipped, prefetch=prefetch)  # at most 16 are made at a time
+    assert [batch.position for batch in whole] == starts([pair for pair in skipped if pair[0] < pair[1]], 24)
+    for number, batch in enumerate(whole[:6]):
+        resumed = take(shards, 3, skipped=skipped, position=batch.position + batch.size)
+        for one, other in zip(resumed, whole[number + 1 :], strict=False):
+            assert one.position == other.position
+            assert_equal(assembled([one]), assembled([other]))
+
+
+def test_with_lanes_batches_begin_at_multiples_of_their_number(shards):
+    config = settings("data.order=lanes", "data.lanes=4", "data.lane_window=3")
+    found = take(shards, 2, config, skipped=[(GLOBAL, GLOBAL + 3)])
+    assert [batch.position for batch in found] == [0, GLOBAL + 4]
+
+
+def test_an_error_behind_a_skipped_stretch_surfaces_at_its_batch(shards):
+    plan, clips = parts_of(shards, settings())
+    broken = Broken(clips, 4 * GLOBAL + 3, OSError("disk gone"))
+    options = {"global_batch_size": GLOBAL, "micro_batch_size": MICRO, "prefetch": 8}
+    stream = BatchStream(plan, broken, skipped=[(2 * GLOBAL, 3 * GLOBAL)], **options)
+    assert [next(stream).position for _ in range(3)] == [0, GLOBAL, 3 * GLOBAL]
+    with pytest.raises(OSError, match="disk gone"):
+        next(stream)
+    stream.close()
+    stream = BatchStream(plan, broken, skipped=[(4 * GLOBAL, 5 * GLOBAL)], **options)
+    assert [next(stream).position for _ in range(6)] == [each * GLOBAL for each in (0, 1, 2, 3, 5, 6)]
+    stream.close()
+
+
+class Remote:
+    """A mixture whose shards would have to be fetched."""
+
+    def __init__(self, data):
+        self.data, self.is_remote, self.lanes, self.prepared = data, True, data.lanes, []
+
+    def visits(self, position, size):
+        return self.data.visits(position, size)
+
+    def prepare(self, videos):
+        self.prepared += videos.tolist()
+
+
+def test_skipped_stretches_are_not_fetched(shards):
+    plan, clips = parts_of(shards, settings())
+    data, skipped = Remote(plan), [(GLOBAL, 3 * GLOBAL), (5 * GLOBAL, 6 * GLOBAL)]
+    stream = BatchStream(data, clips, global_batch_size=GLOBAL, micro_batch_size=MICRO, prefetch=1, skipped=skipped)
+    deadline = time.monotonic() + 10
+    while len(data.prepared) < 8 * GLOBAL and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stream.close()
+    expected = [plan.visits(position, GLOBAL).video for position in starts(skipped, 8)]
+    assert data.prepared[: 8 * GLOBAL] == np.concatenate(expected).tolist()

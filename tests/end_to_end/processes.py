@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -47,6 +49,9 @@ def launcher(kind: str, ranks: int) -> list[str]:
         return [sys.executable]
     if kind == "torchrun":
         return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    if kind == "submit":
+        own = ("--launcher", "torchrun", "--ranks", str(ranks), "--max_restarts", "3")
+        return [sys.executable, "launch/submit.py", *own, "--"]
     return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
 
 
@@ -59,13 +64,13 @@ def environment() -> dict[str, str]:
     return {**kept, **quiet, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str], output: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     """A process group of its own, so that all of it can be signalled."""
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env=environment(),
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
@@ -83,8 +88,46 @@ def run(command: list[str], timeout: float = 300) -> tuple[int, str]:
 
 
 def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
+    """Signal a process and its group; SIGKILL takes all that descends from it: ranks under torchrun leave the group."""
+    below = descendants(process.pid) if number == signal.SIGKILL else []
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+    for pid in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, their children and so on."""
+    children: dict[int, list[int]] = {}
+    for child, words in _proc("stat"):
+        parent = words.rpartition(b")")[2].split()[1]
+        children.setdefault(int(parent), []).append(child)
+    found = list(children.get(pid, []))
+    for child in found:  # grows while it is walked
+        found += children.get(child, [])
+    return found
+
+
+def processes_of(run_dir: Path) -> dict[int, int | None]:
+    """Live processes with this run_dir on their command line: process id -> rank, None for launchers."""
+    found: dict[int, int | None] = {}
+    for pid, line in _proc("cmdline"):
+        if os.fsencode(run_dir) not in line.split(b"\0"):
+            continue
+        with contextlib.suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks = [int(value[5:]) for value in variables if value.startswith(b"RANK=")]
+            found[pid] = ranks[0] if ranks else None
+    return found
+
+
+def _proc(name: str) -> Iterator[tuple[int, bytes]]:
+    """What the kernel says under that name of every process."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended in the meantime
+                yield int(folder.name), (folder / name).read_bytes()
 
 
 def train(run_dir: Path, shards: Path, *extra: str, kind: str = "torchrun", ranks: int = 2) -> list[str]:

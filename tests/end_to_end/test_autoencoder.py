@@ -196,7 +196,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, shards, options, message):
 def test_the_diffusion_transformer_refuses_stages_of_the_auto_encoder():
     from launch.train import build_job
 
-    for override in ("train.phases=[{steps: 4, lr: 1e-3, stage: adversarial}]", "train.init=x", "data.validation=x"):
+    for override in ("train.phases=[{steps: 4, lr: 1e-3, stage: adversarial}]", "train.init=x", "data.crop_scale=0.5"):
         with pytest.raises(UserError, match=r"launch/train_vae\.py"):
             build_job(load("tiny", [override, "data.shards=nowhere"]))
 

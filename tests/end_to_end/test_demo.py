@@ -7,7 +7,15 @@ import pytest
 
 from ardiff.errors import UserError
 from launch import demo as module
-from launch.demo import Demo, Stage, losses, stages_before_training, stages_from_training, stages_of_videos
+from launch.demo import (
+    Demo,
+    Stage,
+    held_out_losses,
+    losses,
+    stages_before_training,
+    stages_from_training,
+    stages_of_videos,
+)
 
 
 def writing(path: Path, text: str = "x") -> list[str]:
@@ -75,3 +83,8 @@ def test_losses_at_start_and_end(tmp_path):
     lines = [f'{{"loss": {20 - i}}}' for i in range(20)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert losses(tmp_path) == (20.0, 1.5)
+    assert held_out_losses(tmp_path) == []
+    lines[4] = '{"loss": 16, "validation_loss": 0.75}'
+    lines[9] = '{"loss": 11, "validation_loss": 0.5}'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert held_out_losses(tmp_path) == [0.75, 0.5]

@@ -15,7 +15,7 @@ from processes import exact, exit_record, kill_group, metrics, run, start, train
 pytestmark = pytest.mark.launcher
 
 STEPS = 50
-NOTES = ("exit.json", ".lock")
+NOTES = {"exit.json", ".lock", "logs"}  # what a refused start may leave
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
     missing = tmp_path / "missing"
     shutil.copytree(shards, missing)
     (missing / "latents-000000.tar").unlink()
-    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name not in NOTES}
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if not NOTES & set(path.parts)}
     cases = [
         (tmp_path / "a", tmp_path / "nowhere", (), "nowhere: no such folder"),
         (tmp_path / "b", missing, (), "latents-000000.tar: missing"),
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
         assert "Traceback" not in output
         record = exit_record(run_dir)
         assert record["code"] == 2 and message in record["reason"]
-    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.name not in NOTES}
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if not NOTES & set(path.parts)}
 
 
 def test_mistake_under_the_launcher_is_told_once(tmp_path, shards):

@@ -7,7 +7,8 @@ import torch
 
 from ardiff.config import load
 from ardiff.errors import UserError
-from ardiff.training.engine import accumulation_steps, learning_rate, parameter_groups, read_ds_config
+from ardiff.training.adamw import parameter_groups
+from ardiff.training.engine import accumulation_steps, learning_rate, read_ds_config
 
 
 def test_learning_rate_phases_and_warm_up():
@@ -42,7 +43,10 @@ def test_every_parameter_is_in_one_group():
         ({"train_batch_size": 8, "zero_optimization": {"stage": 2}}, "set train.global_batch_size instead"),
         ({"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}, "set train.betas"),
         ({"zero_optimization": {"stage": 3}}, "stage = 3"),
-        ({}, "stage = 0"),
+        ({"bf16": {"enabled": True}}, "stage = 0 is for fp32"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "use stage 2, or remove bf16"),
+        ({"bfloat16": {"enabled": True}}, 'write "bf16"'),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "must be fp32"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "use bf16"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "use stage 2"),
@@ -63,6 +67,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings, message):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"zero_optimization": {"stage": 0}}, {"bf16": {"enabled": False}}])
+def test_stage_0_is_accepted_in_fp32(tmp_path, settings):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(settings))
+    assert read_ds_config(path) == settings
+
+
 def test_unreadable_settings_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_ds_config(tmp_path / "none.json")
@@ -75,7 +86,7 @@ def test_shipped_ds_configs_are_accepted():
     from ardiff.training.program import DS_CONFIGS
 
     names = sorted(path.name for path in DS_CONFIGS.glob("*.json"))
-    assert "zero2.json" in names and "zero2_cpu.json" in names
+    assert {"zero0.json", "zero1.json", "zero2.json", "zero2_cpu.json"} <= set(names)
     for name in names:
-        assert read_ds_config(DS_CONFIGS / name)["zero_optimization"]["stage"] in (1, 2)
+        assert read_ds_config(DS_CONFIGS / name)["zero_optimization"]["stage"] in (0, 1, 2)
     assert read_ds_config(DS_CONFIGS / "zero2.json")["bf16"]["enabled"]

@@ -2,58 +2,25 @@
 
 import pytest
 import torch
+from training_helpers import FakeZero, counting_parameters
 
 from ardiff.training.flat import FlatState, Span, spans_of
 
 
-class FakeZero:
-    """The parts of DeepSpeed's ZeRO optimizer that FlatState reads, built by hand for one group."""
-
-    def __init__(self, parameters: list[torch.Tensor], world: int, rank: int, align: int) -> None:
-        offsets, end = [], 0
-        for parameter in parameters:
-            end += -end % align
-            offsets.append(end)
-            end += parameter.numel()
-        size = -(-end // (2 * world)) * 2
-        padded = torch.full((size * world,), -1.0)
-        for parameter, offset in zip(parameters, offsets, strict=True):
-            padded[offset : offset + parameter.numel()] = parameter.flatten()
-        self.round_robin_bit16_groups = [parameters]
-        self.round_robin_bit16_offsets = [offsets]
-        self.partition_size = [size]
-        self.single_partition_of_fp32_groups = [padded[rank * size : (rank + 1) * size].clone().requires_grad_()]
-        self.optimizer = torch.optim.AdamW(self.single_partition_of_fp32_groups)
-        self.gathered = 0
-
-    def update_lp_params(self) -> None:
-        self.gathered += 1
-
-
-def parameters() -> list[torch.Tensor]:
-    shapes = [(3, 5), (1,), (7,), (2, 2, 3)]
-    start, result = 0, []
-    for shape in shapes:
-        numel = torch.Size(shape).numel()
-        result.append(torch.arange(start, start + numel, dtype=torch.float32).reshape(shape))
-        start += numel
-    return result
-
-
 def state(world: int, rank: int, align: int) -> tuple[FlatState, FakeZero]:
-    tensors = parameters()
+    tensors = counting_parameters()
     zero = FakeZero(tensors, world, rank, align)
     return FlatState([zero], {id(tensor): f"p{i}" for i, tensor in enumerate(tensors)}, rank), zero
 
 
-TOTAL = sum(tensor.numel() for tensor in parameters())
+TOTAL = sum(tensor.numel() for tensor in counting_parameters())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 24])
 @pytest.mark.parametrize("align", [1, 4, 8])
 def test_slices_of_all_ranks_are_the_canonical_vector(world, align):
     states = [state(world, rank, align)[0] for rank in range(world)]
-    parts = [part.strip(0, part.partitions[0]) for part in states]
+    parts = [part.export()["group0.master"] for part in states]
     assert torch.equal(torch.cat(parts), torch.arange(TOTAL, dtype=torch.float32))
     for part, stripped in zip(states, parts, strict=True):
         start, end = part.ranges()[0]
@@ -88,6 +55,25 @@ def test_before_the_first_step_moments_are_zero():
     flat, _ = state(2, 0, 1)
     assert flat.adam_steps() == [0]
     assert not flat.export()["group0.exp_avg"].any()
+
+
+def test_slices_go_where_they_are_told():
+    """Into the same memory every time, with further vectors beside the known ones."""
+    flat, _ = state(2, 0, 4)
+    kept: dict[str, torch.Tensor] = {}
+
+    def room(name: str, length: int, like: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(name, torch.full((length,), 9.0, dtype=like.dtype))
+
+    first = flat.export({"ema": [flat.partitions[0] * 2]}, room)
+    assert list(first) == ["group0.master", "group0.exp_avg", "group0.exp_avg_sq", "group0.ema"]
+    assert torch.equal(first["group0.ema"], 2 * first["group0.master"])
+    with torch.no_grad():
+        flat.partitions[0].add_(1)
+    second = flat.export({"ema": [flat.partitions[0] * 2]}, room)
+    assert all(second[name] is first[name] is kept[name] for name in kept)
+    start, end = flat.ranges()[0]
+    assert torch.equal(second["group0.master"], torch.arange(TOTAL, dtype=torch.float32)[start:end] + 1)
 
 
 def test_neighbouring_spans_are_merged_only_without_padding_between():

@@ -81,17 +81,22 @@ class Timesteps:
         )
         self._distribution = DISTRIBUTIONS[settings.timesteps]
         self._width = self._distribution.width(num_frames)
-        self._extra = conditioning.width(num_frames) if self.gives else 0
+        # Uniform numbers that a sample is made of.
+        self.width = self._width + (conditioning.width(num_frames) if self.gives else 0)
 
     def from_seeds(self, seeds: Tensor | np.ndarray, lengths: Tensor | np.ndarray | None = None) -> Draw:
         """Row i is a function of seeds[i] [B] and of lengths[i], the real frames of that clip (None: all)."""
-        return self._draw(torch.from_numpy(uniforms(np.asarray(seeds), self._width + self._extra)), lengths)
+        return self.from_uniforms(uniforms(np.asarray(seeds), self.width), lengths)
+
+    def from_uniforms(self, u: np.ndarray, lengths: Tensor | np.ndarray | None = None) -> Draw:
+        """Row i is a function of u[i], `width` numbers in [0, 1) (u: float64 [B, width]), and of lengths[i]."""
+        return self._draw(torch.from_numpy(u), lengths)
 
     def from_generator(
         self, batch_size: int, generator: torch.Generator | None = None, lengths: Tensor | np.ndarray | None = None
     ) -> Draw:
         """`batch_size` samples with torch's (or the given) generator."""
-        u = torch.rand(batch_size, self._width + self._extra, dtype=torch.float64, generator=generator)
+        u = torch.rand(batch_size, self.width, dtype=torch.float64, generator=generator)
         return self._draw(u, lengths)
 
     def trained(self, draw: Draw, lengths: Tensor | np.ndarray | None = None) -> Tensor:

@@ -1,0 +1,151 @@
+"""One start of a job: from its launcher to the end of the last process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from ardiff.launching import processes
+from ardiff.launching.processes import Identity
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TICK = 0.1  # seconds
+LOOK_EVERY = 1.0  # seconds between searches for new ranks
+LEFTOVERS = 60.0  # seconds that processes have to end after their launcher has
+
+Tell = Callable[[str], None]
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT and SIGUSR1 while entered."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # the first signal
+        self.at_once = False  # Ctrl-C a second time
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self.at_once = self.at_once or (number == signal.SIGINT and self.number == signal.SIGINT)
+        self.number = self.number or number
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait so long or until a signal; returns whether there is one."""
+        until = time.monotonic() + seconds
+        while self.number is None and time.monotonic() < until:
+            time.sleep(TICK)
+        return self.number is not None
+
+
+@dataclass(frozen=True)
+class End:
+    """How a start ended."""
+
+    code: int  # of the launcher, negative: died by that signal
+    orphaned: bool  # the launcher ended before its ranks
+    in_training: bool | None  # when it was asked to stop; None: it was not
+
+
+class Job:
+    """A launcher and all processes below it; they are this process's to signal and to end.
+
+    Signals go to the ranks only; these end by themselves, and then their launchers do. Launchers would answer a signal
+    with a mere 30 s for the ranks, and `deepspeed` by leaving them alone.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], is_rank: bool) -> None:
+        """is_rank: there is no launcher, the process is the only rank."""
+        processes.adopt_orphans()
+        self._launcher = subprocess.Popen(arguments, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        self._is_rank = is_rank
+        self._told: set[Identity] = set()
+        self._ranks: set[Identity] = set()
+        self._orphaned = False
+
+    def wait(self, stop: StopRequest, stop_seconds: float, in_training: Callable[[], bool], tell: Tell) -> End:
+        """Until every process has gone.
+
+        stop_seconds: how long ranks have for their last step and checkpoint after a signal. in_training: asked when
+        the signal comes.
+        """
+        asked: bool | None = None
+        until, look_at = float("inf"), 0.0
+        while self._launcher.poll() is None:
+            now = time.monotonic()
+            if now > look_at:
+                look_at = now + LOOK_EVERY
+                self._find_ranks()
+                processes.reap(os.getpid(), self._launcher.pid)
+            self._notice_orphans()
+            if stop.number is not None and asked is None:
+                asked, until = in_training(), now + stop_seconds
+                tell(f"{signal.Signals(stop.number).name}: the ranks stop after this step, with a checkpoint")
+            if asked is not None:
+                assert stop.number is not None
+                self._pass_on(stop.number)
+            if stop.at_once or now > until:
+                tell("killing all processes" + ("" if stop.at_once else f": not ended within {stop_seconds:g} s"))
+                self.kill()
+            time.sleep(TICK)
+        self._find_ranks()
+        self._notice_orphans()
+        self._clear(stop, tell)
+        return End(self._launcher.returncode, self._orphaned, asked)
+
+    def kill(self) -> None:
+        """SIGKILL for all."""
+        while living := processes.below(os.getpid()):
+            for who in living:
+                processes.send(who, signal.SIGKILL)
+            self._launcher.poll()
+            processes.reap(os.getpid(), self._launcher.pid)
+            time.sleep(TICK)
+
+    def _find_ranks(self) -> None:
+        living = processes.below(os.getpid())
+        self._ranks.update(living[:1] if self._is_rank else processes.ranks(living))
+
+    def _notice_orphans(self) -> None:
+        """A launcher collects its ranks before it ends; one that goes on without it has become a child of ours."""
+        if not self._is_rank and any(processes.parent(rank) == os.getpid() for rank in self._ranks):
+            self._orphaned = True
+
+    def _pass_on(self, number: int) -> None:
+        """Once to every rank; where there are none yet, the launchers are still to be stopped from starting any."""
+        self._find_ranks()
+        for rank in self._ranks:
+            if rank not in self._told:
+                self._told.add(rank)
+                processes.send(rank, number)
+        if not self._ranks:
+            for who in processes.below(os.getpid()):
+                processes.send(who, signal.SIGTERM)
+
+    def _clear(self, stop: StopRequest, tell: Tell) -> None:
+        """Ask what is left to end, then end it."""
+        until = time.monotonic() + LEFTOVERS
+        asked: set[Identity] = set()
+        while living := processes.below(os.getpid()):
+            for who in living:
+                if who not in asked | self._told:
+                    asked.add(who)
+                    processes.send(who, signal.SIGTERM)
+            if stop.at_once or time.monotonic() > until:
+                tell(f"{len(living)} process(es) outlived the launcher and are killed")
+                self.kill()
+            processes.reap(os.getpid(), self._launcher.pid)
+            time.sleep(TICK)
+        processes.reap(os.getpid(), self._launcher.pid)

@@ -1,0 +1,95 @@
+"""What a supervisor reads in a run_dir, and the record of restarts it keeps there.
+
+Light on purpose: a process that waits for weeks need not hold a deep-learning framework.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FINISHED = "finished"  # as written by a run that reached its last step
+LOCK_PATIENCE = 2.0  # seconds: a process that has just been killed may take a moment to go
+_Stamp = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """exit.json: how a start ended, or that it trains."""
+
+    reason: str
+    code: int | None  # None: training, or killed
+    step: int | None
+
+
+class ExitFile:
+    """exit.json as far as the start that follows this object's creation has written it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "exit.json"
+        self._before = self._stamp()
+
+    def read(self) -> Record | None:
+        """The record, or None where this start has not written any."""
+        if self._stamp() == self._before:
+            return None
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return Record(str(found["reason"]), found["code"], found["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def in_training(self) -> bool:
+        """Whether it trains by now."""
+        found = self.read()
+        return found is not None and found.code is None
+
+    def _stamp(self) -> _Stamp:
+        try:
+            status = self._path.stat()  # the file is replaced at every write, so it is another one then
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """The name of the newest checkpoint, which the ranks still have to verify."""
+    names = [path.name for path in run_dir.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
+    return max(names, default=None)
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a live run holds run_dir."""
+    try:
+        handle = os.open(run_dir / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        until = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return True
+            except OSError:  # a file system without locks: the ranks will tell
+                return False
+            time.sleep(0.1)
+    finally:
+        os.close(handle)
+
+
+def note_restart(run_dir: Path, entry: dict[str, Any]) -> None:
+    """Append a line to run_dir/restarts.jsonl. Raises OSError."""
+    if not (run_dir / "config.yaml").is_file():
+        return  # no run yet: the ranks would take the folder for somebody else's
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    with (run_dir / "restarts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": now, **entry}) + "\n")

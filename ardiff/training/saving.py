@@ -1,0 +1,229 @@
+"""Writing checkpoints in the background: training waits for a copy to host memory only.
+
+The format is that of checkpoint.py. Each rank copies its share between two steps; a thread of its own then writes it
+aside, flushes and hashes it. When all ranks have finished, rank 0 renames the folder and prunes older ones. The
+threads talk over a process group of their own, because the main threads go on using theirs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ardiff.config import Config, to_yaml
+from ardiff.errors import UserError
+from ardiff.files import sha256, sync, write_json, write_text
+from ardiff.training import checkpoint
+from ardiff.training.checkpoint import State
+from ardiff.training.distributed import World
+from ardiff.training.ema import ShardedEMA
+from ardiff.training.flat import FlatState
+
+log = logging.getLogger("ardiff")
+PATIENCE = 60.0  # seconds that `close` leaves to a checkpoint that is being written
+NOTICEABLE = 1.0  # seconds of waiting for the checkpoint before that deserve a warning
+SMALL_FILES = 1 << 20  # bytes of state.json and the like, about
+NICENESS = 10  # of the writing thread
+GIB = 2**30
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time (collective: all ranks make one).
+
+    A checkpoint holds the state as it was at `begin`, whatever training does afterwards. A failure on any rank is one
+    on every rank: no rank has a checkpoint that another lacks.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, world: World) -> None:
+        self.stalled_seconds = 0.0  # that the last `begin` kept training waiting
+        self.written_seconds = 0.0  # that writing the last finished checkpoint took
+        self._run_dir, self._config, self._world = run_dir, config, world
+        timeout = datetime.timedelta(minutes=config.train.collective_timeout_minutes)
+        self._writers = replace(world, control=dist.new_group(backend="gloo", timeout=timeout))
+        self._staged: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._warned = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known here that the last checkpoint could not be written. The ranks do not learn it at the same
+        step: let them agree on it, then `wait` raises it on all.
+        """
+        return self._failure is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written here just now."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def begin(
+        self, state: State, flat: FlatState, ema: ShardedEMA, objective: nn.Module, probe: Tensor | None = None
+    ) -> None:
+        """Start a checkpoint of this moment (collective); returns as soon as everything of this rank is copied.
+
+        Waits for the one before. probe: of `probe.take`, on rank 0. Raises UserError on every rank when the one before
+        could not be written or the disk has not enough room.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        if waited > NOTICEABLE and not self._warned and self._world.is_main:
+            self._warned = True
+            log.warning(
+                "step %d: training waited %.1f s for the checkpoint before, which was still being written; if that is "
+                "the rule, checkpoints take longer than their interval: raise train.save_every or train.save_minutes",
+                state.step,
+                waited,
+            )
+        self.check_space(flat, ema, objective, probe)
+        tensors = flat.export(ema.vectors(), self._room)
+        if self._world.is_main:
+            for name, buffer in objective.named_buffers():
+                host = self._room(f"buffer.{name}", buffer.numel(), buffer).view(buffer.shape)
+                tensors[f"buffer.{name}"] = host.copy_(buffer.detach(), non_blocking=True)
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        contents = {checkpoint.rank_file(self._world.rank): tensors}
+        if probe is not None:
+            contents[checkpoint.PROBE] = {"prediction": probe}
+        document = {**asdict(state), "slices": self._world.gather(flat.ranges())}  # a copy, of lists that change too
+        self.stalled_seconds = time.perf_counter() - start
+        self._thread = threading.Thread(target=self._write, args=(document, contents), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written (collective). Raises UserError on every rank if the last one failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def close(self) -> bool:
+        """Leave what is being written some time to end. Each rank by itself; raises nothing.
+
+        False: its disk, or that of another rank, does not answer. The thread does not keep the process alive, but an
+        ordinary exit may be taken for a crash when it is woken meanwhile: then leave by os._exit.
+        """
+        if self._thread is None:
+            return True
+        self._thread.join(PATIENCE)
+        return not self.writing
+
+    def check_space(self, flat: FlatState, ema: ShardedEMA, objective: nn.Module, probe: Tensor | None = None) -> None:
+        """Whether the disk has room for one more checkpoint (collective). Raises UserError on every rank if not."""
+        needed = 0
+        for vectors in (flat.vectors() | ema.vectors()).values():
+            for (start, end), master, _ in zip(flat.ranges(), flat.partitions, vectors, strict=False):
+                needed += (end - start) * master.element_size()  # a discriminator's groups come last, without average
+        if self._world.is_main:
+            needed += SMALL_FILES + sum(buffer.nbytes for buffer in objective.buffers())
+            needed += 0 if probe is None else probe.nbytes
+        total = sum(self._world.gather(needed))
+        self._world.from_main(partial(_require_space, self._run_dir, total))
+
+    def _room(self, name: str, length: int, like: Tensor) -> Tensor:
+        """Host memory for a tensor, the same for every checkpoint; of a GPU's, pinned."""
+        host = self._staged.get(name)
+        if host is None or (host.numel(), host.dtype) != (length, like.dtype):
+            host = torch.empty(length, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._staged[name] = host
+        return host
+
+    def _write(self, document: dict[str, Any], contents: dict[str, dict[str, Tensor]]) -> None:
+        """The thread. All of its collectives are met by the threads of the other ranks, whatever fails."""
+        start = time.perf_counter()
+        with suppress(OSError):  # training goes first where cores are scarce
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        final = checkpoint.step_directory(self._run_dir, document["step"])
+        try:
+            self._writers.from_main(partial(_make_folder, final))
+            parts = self._writers.gather(self._write_own(checkpoint.unfinished(final), contents))
+            self._writers.from_main(partial(_finish, final, document, parts, self._config))
+        except Exception as error:  # to be raised by the main thread
+            self._failure = error
+            return
+        self.written_seconds = time.perf_counter() - start
+        if self._world.is_main:
+            waited, took = self.stalled_seconds, self.written_seconds
+            log.info("checkpoint %s (training waited %.2f s, written in %.1f s)", final, waited, took)
+
+    def _write_own(self, folder: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+        """Write this rank's files; says what they are, or what went wrong."""
+        files = {}
+        try:
+            for name, content in contents.items():
+                save_file(content, folder / name)
+                (folder / name).chmod(folder.stat().st_mode & 0o666)  # otherwise the owner's alone
+                sync(folder / name)
+                files[name] = _describe(folder / name)
+        except Exception as error:  # all ranks must hear of it
+            return {"error": f"rank {self._world.rank}: {error}"}
+        return {"files": files}
+
+
+def _require_space(run_dir: Path, needed: int) -> None:
+    checkpoint.remove_unfinished(run_dir / "checkpoints")
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{run_dir}: a checkpoint needs {needed / GIB:.3g} GiB, but {free / GIB:.3g} GiB are free; make room "
+            "(train.keep_checkpoints says how many are kept) and start again"
+        )
+
+
+def _make_folder(final: Path) -> None:
+    try:
+        checkpoint.unfinished(final).mkdir(parents=True)
+    except OSError as error:
+        raise _not_written(final, error) from error
+
+
+def _not_written(final: Path, reason: object) -> UserError:
+    return UserError(
+        f"{final}: the checkpoint could not be written ({reason}); earlier ones are intact, make room and start again"
+    )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _finish(final: Path, document: dict[str, Any], parts: list[dict[str, Any]], config: Config) -> None:
+    """What rank 0 does when all have written: manifest, rename, `latest`, older ones away."""
+    temporary = checkpoint.unfinished(final)
+    try:
+        for part in parts:
+            if "error" in part:
+                raise OSError(part["error"])
+        write_json(temporary / "state.json", document)
+        write_text(temporary / "config.yaml", to_yaml(config))
+        files = {name: described for part in parts for name, described in part["files"].items()}
+        files |= {name: _describe(temporary / name) for name in ("state.json", "config.yaml")}
+        write_json(temporary / "MANIFEST.json", {"format": checkpoint.FORMAT_VERSION, "files": files})
+        if final.exists():  # a checkpoint of the same step that did not verify
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(final.parent)
+        write_text(final.parent / "latest", final.name + "\n")
+        checkpoint.prune(final, config.train.keep_checkpoints, config.train.keep_every)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _not_written(final, error) from error

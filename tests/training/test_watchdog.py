@@ -1,0 +1,207 @@
+"""Hanging processes: real ones, that stop in the ways in which ranks do."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ardiff import cli
+from ardiff.training import hangs
+from ardiff.training.hangs import Answer
+from ardiff.training.watchdog import START, Watchdog
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 1.5  # seconds
+RANK = """
+import ctypes, logging, sys, time
+from pathlib import Path
+from ardiff.training.watchdog import Watchdog
+
+def stuck_in_the_collective():
+    time.sleep(60)
+
+folder, rank, world, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+logging.basicConfig(level=logging.INFO)
+watchdog = Watchdog(folder, rank, world, {limit} / 60)
+with watchdog:
+    for step in range(3):
+        watchdog.enter("training step", step)
+        time.sleep(0.05)
+    time.sleep({limit} / 4)  # until the watchdog has seen it
+    (folder / f"ready{{rank}}").touch()
+    if how == "data":
+        watchdog.enter("waiting for data", 3)
+    if how == "held":
+        ctypes.PyDLL(None).sleep(60)
+    if how == "busy":
+        for _ in range(int(4 * {limit} / 0.1)):
+            watchdog.beat()
+            time.sleep(0.1)
+        sys.exit(0)
+    stuck_in_the_collective()
+"""
+
+
+def start(folder: Path, hows: list[str]) -> list[subprocess.Popen[str]]:
+    """A rank for each of these ways, all of them beyond their first steps."""
+    ranks = []
+    for rank, how in enumerate(hows):
+        command = [sys.executable, "-c", RANK.format(limit=LIMIT), str(folder), str(rank), str(len(hows)), how]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    until = time.monotonic() + 60
+    while not all((folder / f"ready{rank}").exists() for rank in range(len(hows))):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> list[str]:
+    try:
+        return [rank.communicate(timeout=30)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "exit.json").read_text())
+
+
+def test_a_rank_alone_leaves_its_stacks_and_a_reason(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for old in ("hang_rank00000.txt", "hang_rank00007.txt"):
+        (tmp_path / "logs" / old).write_text("of an earlier start")
+    ranks = start(tmp_path, ["stuck"])
+    assert not list((tmp_path / "logs").glob("hang_*"))
+    (output,) = finish(ranks)
+    assert ranks[0].returncode == cli.EXIT_HUNG == 3
+    text = (tmp_path / "logs" / "hang_rank00000.txt").read_text()
+    answer = json.loads(text.splitlines()[0])
+    assert (answer["phase"], answer["step"], answer["pid"]) == ("training step", 2, ranks[0].pid)
+    assert "stuck_in_the_collective" in text and text.count("hread 0x") >= 2  # of all threads
+    assert record(tmp_path)["code"] == 3 and record(tmp_path)["step"] == 2
+    assert record(tmp_path)["reason"].startswith("hang: no progress for 0.025 min: rank 0 in 'training step' at step 2")
+    assert record(tmp_path)["reason"] in output and "stuck_in_the_collective" in output  # both are in the log
+
+
+def test_the_rank_that_is_elsewhere_is_named(tmp_path):
+    ranks = start(tmp_path, ["stuck", "stuck", "data"])
+    outputs = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [3, 3, 3], outputs
+    reason = record(tmp_path)["reason"]
+    assert "ranks 0-1 in 'training step' at step 2, rank 2 in 'waiting for data' at step 3" in reason
+    assert "likely cause: rank 2 (not where the others are)" in reason
+    assert len(list((tmp_path / "logs").glob("hang_rank*.txt"))) == 3
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_named_and_the_other_tells(tmp_path, stopped):
+    ranks = start(tmp_path, ["stuck", "stuck"])
+    ranks[stopped].send_signal(signal.SIGSTOP)
+    other = 1 - stopped
+    ranks[other].communicate(timeout=30)
+    assert ranks[other].returncode == 3
+    ranks[stopped].kill()
+    ranks[stopped].communicate()
+    reason = record(tmp_path)["reason"]
+    assert f"rank {stopped} did not answer" in reason and f"likely cause: rank {stopped};" in reason
+    assert record(tmp_path)["code"] == 3
+    assert not (tmp_path / "logs" / f"hang_rank{stopped:05d}.txt").exists()
+
+
+def test_a_library_that_holds_the_interpreter_still_gives_stacks(tmp_path):
+    ranks = start(tmp_path, ["stuck", "held"])
+    ranks[0].communicate(timeout=30)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert "rank 1 held inside a library; likely cause: rank 1;" in record(tmp_path)["reason"]
+    stacks = (tmp_path / "logs" / "hang_rank00001.txt").read_text()
+    assert "did not give the interpreter back" in stacks and "in <module>" in stacks
+
+
+def test_progress_and_a_suspended_process_are_left_alone(tmp_path):
+    ranks = start(tmp_path, ["busy", "busy"])
+    for rank in ranks:  # as Ctrl-Z does
+        rank.send_signal(signal.SIGSTOP)
+    time.sleep(1.5 * LIMIT)
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+    outputs = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert not (tmp_path / "exit.json").exists()
+    assert not list((tmp_path / "logs").iterdir())
+
+
+def test_a_suspension_within_a_phase_is_not_counted(tmp_path):
+    (rank,) = start(tmp_path, ["stuck"])
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(1.5 * LIMIT)
+    rank.send_signal(signal.SIGCONT)
+    time.sleep(0.5 * LIMIT)
+    assert rank.poll() is None and not (tmp_path / "logs" / "hang_rank00000.txt").exists()
+    finish([rank])
+    assert rank.returncode == 3
+
+
+def test_a_full_disk_does_not_hide_a_hang(tmp_path):
+    (tmp_path / "logs").write_text("in the way")  # nothing can be written there, not by root either
+    ranks = start(tmp_path, ["stuck"])
+    (output,) = finish(ranks)
+    assert ranks[0].returncode == 3
+    assert "rank 0 in 'training step' at step 2" in record(tmp_path)["reason"]
+    assert "stuck_in_the_collective" in output
+
+
+def test_the_first_step_may_take_longer(tmp_path):
+    watchdog = Watchdog(tmp_path, 0, 1, 1.0)
+    allowed = []
+    for step in (0, 0, 40, 40, 41, 42):  # built, resumed at step 40, one step done, two
+        watchdog.enter("training step", step)
+        allowed.append(watchdog._allowed)
+    assert allowed == [60 + START] * 4 + [60] * 2
+
+
+def test_progress_costs_nothing_that_a_step_would_notice(tmp_path):
+    watchdog = Watchdog(tmp_path, 0, 1, 1.0)
+    started = time.perf_counter()
+    for step in range(10_000):
+        watchdog.enter("training step", step)
+    assert time.perf_counter() - started < 0.5  # 50 microseconds each, on a busy machine
+
+
+@pytest.mark.parametrize(
+    ("answers", "world", "held", "expected"),
+    [
+        (
+            {0: Answer("training step", 5, 9.0), 1: Answer("waiting for data", 6, 8.0)},
+            *(2, set()),
+            "rank 0 in 'training step' at step 5, rank 1 in 'waiting for data' at step 6; "
+            "likely cause: rank 1 (still for longest)",
+        ),
+        (
+            {rank: Answer("checkpoint", 5, 9.0 - (rank == 2)) for rank in range(4)},
+            *(4, set()),
+            "ranks 0-3 in 'checkpoint' at step 5; likely cause: rank 2 (still for longest)",
+        ),
+        (
+            {rank: Answer("checkpoint", 5, 9.0) for rank in (0, 3)},
+            *(4, {1}),
+            "ranks 0, 3 in 'checkpoint' at step 5, rank 1 held inside a library, rank 2 did not answer: stopped, or "
+            "held inside a library; likely cause: ranks 1-2",
+        ),
+        ({0: Answer("sampling", 5, 9.0)}, 1, set(), "rank 0 in 'sampling' at step 5; likely cause: rank 0 (alone)"),
+    ],
+)
+def test_summary(answers, world, held, expected):
+    assert hangs.summary(answers, world, held) == expected
+
+
+def test_half_a_file_is_no_answer(tmp_path):
+    (tmp_path / "logs").mkdir()
+    hangs.file(tmp_path, 0).write_text('{"rank": 0, "pha')
+    hangs.file(tmp_path, 1).write_text('{"phase": "checkpoint", "step": 3, "since": 1.5}\nstacks')
+    assert hangs.read(tmp_path, 3) == {1: Answer("checkpoint", 3, 1.5)}
