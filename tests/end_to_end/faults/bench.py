@@ -193,7 +193,8 @@ class Run:
         require(len(errors) == 1, f"{len(errors)} lines begin with error: instead of one: {self.log}")
         missing = [word for word in words if word not in errors[0]]
         require(not missing, f"the error does not say {missing}: {errors[0]!r}")
-        require(str(processes.ROOT / "ardiff") not in self.output, f"a traceback: {self.log}")
+        ours = "Traceback" if self.setting.kind == "python" else str(processes.ROOT / "ardiff")
+        require(ours not in self.output, f"a traceback: {self.log}")
         require(code == (2 if self.setting.kind == "python" else 1), f"exit code {code}: {self.log}")
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tests.end_to_end.faults.bench import Bench, NotPossibleError, Run, Setting, Tally, require
 
-STEPS, LEFT = 40, 16
+STEPS, LEFT = 40, 20
 FULL = Setting(
     (
-        *("--model.hidden_size", "128", "--train.max_steps", str(STEPS), "--train.save_every", "4"),
+        *("--model.hidden_size", "128", "--train.max_steps", str(STEPS), "--train.save_every", "10"),
         *("--train.keep_checkpoints", "9"),
     ),
     ranks=1,
@@ -86,7 +86,7 @@ def full_while_writing(bench: Bench, tally: Tally, rounds: int) -> None:
         with small_disk(run.checkpoints, ROOM) as disk, _kept_on_failure(run):  # the rest of the folder has room
             bench.cut_back(run, LEFT)
             run.start()
-            run.wait_for_step(LEFT + 6)
+            run.wait_for_step(LEFT + 5)
             run.wait_until(run.being_written, "a checkpoint")
             ballast = fill(disk)
             tally.hits = (tally.hits or 0) + (run.being_written() is not None)
@@ -105,7 +105,7 @@ def full_for_metrics(bench: Bench, tally: Tally, rounds: int) -> None:
         with small_disk(run.run_dir, 8) as disk, small_disk(run.checkpoints, ROOM), _kept_on_failure(run):
             bench.cut_back(run, LEFT)
             run.start()
-            run.wait_for_step(LEFT + 4)
+            run.wait_for_step(LEFT + 3)
             ballast = fill(disk)
             run.check_tells_mistake(run.wait(), "metrics.jsonl")
             require(run.check_checkpoints(), "no checkpoint is left")
