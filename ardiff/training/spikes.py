@@ -37,6 +37,7 @@ class _Past:
     end: int
     phase: int
     sums: Tensor  # loss and count of this rank [2] float64, on the host once the device got there
+    copied: torch.cuda.Event | None  # when that is
     told: bool = False
 
 
@@ -59,20 +60,25 @@ class SpikeWatch:
             return
         total, count = (sum(part["loss"][side].detach().double() for part in terms) for side in (0, 1))
         sums = torch.stack([total, count])  # type: ignore[list-item]
+        copied = None
         if sums.device.type == "cuda":
-            host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            sums = host.copy_(sums, non_blocking=True)  # DeepSpeed waits for the device in every step, so also for this
-        self._waiting.append(_Past(step, batch.position, batch.position + batch.size, phase, sums))
+            sums = torch.empty(2, dtype=torch.float64, pin_memory=True).copy_(sums, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._waiting.append(_Past(step, batch.position, batch.position + batch.size, phase, sums, copied))
 
     def next_loss(self, newest_too: bool = False) -> tuple[float, float]:
         """What this rank tells next: sum and count of the oldest loss not told yet, zeros where there is none.
 
-        newest_too: also that of the step just done, for which the caller has waited.
+        newest_too: also that of the step just done. Otherwise nothing is waited for: DeepSpeed waits for the device in
+        every step, and with it for the copy of the step before.
         """
         waiting = list(self._waiting)
         for past in waiting if newest_too else waiting[:-1]:
             if not past.told:
                 past.told = True
+                if past.copied is not None:
+                    past.copied.synchronize()
                 total, count = past.sums.tolist()
                 return total, count
         return 0.0, 0.0
