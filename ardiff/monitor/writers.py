@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ardiff.errors import UserError
 from ardiff.files import write_text
 from ardiff.video import gif_bytes
 
@@ -28,6 +32,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, first_step: int, max_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _quieten_tensorboard()
         self.max_steps = max_steps
         path = run_dir / METRICS
         write_text(path, "".join(lines_before(path, first_step)))
@@ -38,8 +43,13 @@ class MetricsWriter:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One report: a JSON line (floats read back bit-exactly), TensorBoard scalars, a line for people."""
-        self._lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
-        self._lines.flush()
+        with self._told():
+            self._lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+            self._lines.flush()
+            self._chart(metrics)
+        print(self._summary(metrics), flush=True)
+
+    def _chart(self, metrics: dict[str, Any]) -> None:
         step = metrics["step"]
         for key, value in metrics.items():
             chart = f"validation/{key.removeprefix(VALIDATION)}" if key.startswith(VALIDATION) else key
@@ -52,7 +62,17 @@ class MetricsWriter:
                     self._board.add_scalar(f"{chart}/{name}", part, step)
             elif key != "step" and value is not None:
                 self._board.add_scalar(chart if chart != key else f"train/{key}", value, step)
-        print(self._summary(metrics), flush=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk or the like is the user's to mend, and is told with the file."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._lines.name}: cannot be written ({error.strerror or error}); make room and start again, "
+                "the run goes on from its newest checkpoint"
+            ) from error
 
     def add_video(self, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
         """Show uint8 frames [F, H, W, 3] as a moving picture under TensorBoard's images."""
@@ -65,14 +85,16 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Have the lines on the disk before a checkpoint is: a resumed run takes them for complete."""
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
-        self._board.flush()
+        with self._told():
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+            self._board.flush()
 
     def close(self) -> None:
-        """Flush and close."""
-        self._lines.close()
-        self._board.close()
+        """Flush and close; what cannot be written any more has been told before."""
+        for file in (self._lines, self._board):
+            with suppress(OSError):
+                file.close()
 
     def _summary(self, metrics: dict[str, Any]) -> str:
         step = metrics["step"]
@@ -104,6 +126,17 @@ def lines_before(path: Path, step: int) -> list[str]:
             break
         kept.append(line)
     return kept
+
+
+def _quieten_tensorboard() -> None:
+    """Its thread dies of a full disk with a traceback; the error comes up again, and is told, at the next report."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not (isinstance(found.exc_value, OSError) and type(found.thread).__name__ == "_AsyncWriterThread"):
+            before(found)
+
+    threading.excepthook = hook
 
 
 def _plain(value: Any) -> Any:

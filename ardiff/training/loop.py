@@ -33,7 +33,7 @@ def train(trainer: Trainer) -> Outcome:
                 trainer.report(terms)
             agreed, rolled_back = trainer.agree()
             if agreed.failed:
-                trainer.saver.wait()  # raises on every rank: a checkpoint could not be written
+                trainer.settle()  # raises on every rank: metrics or a checkpoint could not be written
             ends = trainer.step == last or agreed.stop is not None or trainer.problem is not None
             due = ends or agreed.save or trainer.step % config.save_every == 0
             with clock.paused():
@@ -42,10 +42,10 @@ def train(trainer: Trainer) -> Outcome:
                 if trainer.preview_is_due and agreed.stop is None:
                     trainer.preview()
             if trainer.problem is not None:
-                trainer.saver.wait()
+                trainer.settle()
                 trainer.world.agree(trainer.problem)
             if agreed.stop is not None and trainer.step < last:
                 reason = agreed.stop
                 break
-        trainer.saver.wait()
+        trainer.settle()
     return Outcome(reason, trainer.step)

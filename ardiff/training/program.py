@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
@@ -189,3 +190,5 @@ def _record(folder: Path, reason: str, code: int, step: int | None, any_rank: bo
         run_dir.write_exit(folder, reason, code, step)
     except OSError as error:
         log.error("cannot write %s (%s)", folder / "exit.json", error)
+        with contextlib.suppress(OSError):
+            (folder / "exit.json").unlink()  # of an earlier end: none is better than a wrong one

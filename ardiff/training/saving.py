@@ -179,8 +179,9 @@ class Saver:
 
 
 def _require_space(run_dir: Path, needed: int) -> None:
-    checkpoint.remove_unfinished(run_dir / "checkpoints")
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    folder = (run_dir / "checkpoints").absolute()  # which may lie on a disk of its own
+    checkpoint.remove_unfinished(folder)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(

@@ -59,7 +59,7 @@ class Say:
 
     stop: str | None = None  # one of REASONS
     save: bool = False  # it is time for a checkpoint
-    failed: bool = False  # the last checkpoint could not be written
+    failed: bool = False  # metrics or the last checkpoint could not be written
     loss: tuple[float, float] = (0.0, 0.0)  # sum and count of a step's loss on this rank
 
 

@@ -76,6 +76,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._skipped_in_a_row = 0
         self._phase = -1  # that the engine is prepared for
+        self._mistake: UserError | None = None  # of this rank, which the others do not know yet
         self._stream: BatchStream | None = None
         self._writer: MetricsWriter | None = None
 
@@ -225,9 +226,15 @@ class Trainer:
         """What all ranks said after the step before (no waiting), and whether its loss made the run roll back."""
         minutes = self.config.train.save_minutes
         late = self.world.is_main and bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
-        mine = Say(self.stop.reason, late, self.saver.failed, self._spikes.next_loss())
+        failed = self.saver.failed or self._mistake is not None
+        mine = Say(self.stop.reason, late, failed, self._spikes.next_loss())
         agreed = self._agreement.tell(mine) or Agreed()
         return agreed, self._handle(self._spikes.judge(agreed.loss))
+
+    def settle(self) -> None:
+        """Wait for what is being written (collective). Raises UserError on every rank if anything could not be."""
+        self.world.agree(self._mistake)
+        self.saver.wait()
 
     def is_good(self) -> bool:
         """Whether the losses of all steps so far are (collective, waits); if not, the run has been rolled back."""
@@ -277,9 +284,7 @@ class Trainer:
         if train.grad_norms_every and self.step % train.grad_norms_every == 0:
             norms = {"grad_norm_of": self.engine.layer_norms()}
         speeds = self.reporter.report(feed, self.step)
-        if self._writer is None:
-            return
-        self._writer.write(
+        self._write(
             {
                 "step": self.step,
                 "samples": self.samples,
@@ -294,6 +299,18 @@ class Trainer:
                 **validation,
             }
         )
+
+    def _write(self, metrics: dict[str, Any] | None) -> None:
+        """On rank 0, a report, or (None) have all of them on the disk. What fails is told to all ranks by `agree`."""
+        if self._writer is None:
+            return
+        try:
+            if metrics is None:
+                self._writer.flush()
+            else:
+                self._writer.write(metrics)
+        except UserError as error:
+            self._mistake = self._mistake or error
 
     @property
     def preview_is_due(self) -> bool:
@@ -311,8 +328,7 @@ class Trainer:
         """Begin to write a checkpoint (collective); training goes on when this rank's state is copied."""
         self.watchdog.enter("checkpoint", self.step)
         self.problem = self.problem or self.bad_samples.meet(self.samples)
-        if self._writer is not None:
-            self._writer.flush()
+        self._write(None)
         predictions = probe.take(self.engine.objective) if self.world.is_main else None
         self.saver.begin(self.state(), self.flat, self.ema, self.engine.objective, predictions)
         self.saved, self._saved_at = self.step, time.monotonic()

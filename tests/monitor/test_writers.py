@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ardiff.errors import UserError
 from ardiff.monitor.writers import MetricsWriter, lines_before
 
 
@@ -76,3 +77,13 @@ def test_figures_of_held_out_data_have_charts_of_their_own(tmp_path):
     board.Reload()
     assert {"validation/psnr", "train/loss"} <= set(board.Tags()["scalars"])
     assert board.Scalars("validation/psnr")[0].value == 21.5
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    writer = MetricsWriter(tmp_path, 1, 10)
+    writer.write(report(1))
+    writer._lines.close()
+    writer._lines = Path("/dev/full").open("w")  # every flush fails with ENOSPC
+    with pytest.raises(UserError, match="/dev/full: cannot be written .* make room and start again"):
+        writer.write(report(2))
+    writer.close()

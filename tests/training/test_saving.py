@@ -188,7 +188,7 @@ def test_what_a_killed_run_left_is_cleared_before_room_is_looked_for(tmp_path, w
     left.mkdir(parents=True)
 
     def usage(path):
-        assert not left.exists() and Path(path) == tmp_path
+        assert not left.exists() and Path(path) == left.parent
         return Usage(2**40, 0, 2**40)
 
     monkeypatch.setattr(saving.shutil, "disk_usage", usage)
