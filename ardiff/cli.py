@@ -23,7 +23,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C before there was anything to stop in an orderly
 PATIENCE = 5.0  # seconds that rank 0 has for telling a mistake before the other ranks end
 
 # A full or read-only disk, missing permissions and wrong paths are not bugs of the program.
-_USERS_ERRNOS = {
+USERS_ERRNOS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
 }
@@ -48,6 +48,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def say(line: str) -> None:
+    """Print a line of progress. Whoever read us may have gone (`program | head`), or a log's disk be full: the work
+    goes on without being watched.
+    """
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def complain(error: UserError) -> None:
     """Print a user's mistake, with the rank where it is not the first one's; what is known to all is told once."""
     if not isinstance(error, EchoedError):
@@ -58,7 +68,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     """The error as a user's mistake, if it is one: a UserError, or a disk or path that does not do what it should."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+    if isinstance(error, OSError) and error.errno in USERS_ERRNOS:
         return UserError(f"{error.filename or 'writing'}: {error.strerror}")
     return None
 

@@ -1,8 +1,12 @@
-"""Exceptions that mean "the user can mend this": programs print one line and exit with 2."""
+"""Exceptions. Of a UserError, which the user can mend, programs print one line and exit with 2."""
 
 
 class UserError(ValueError):
     """A user's mistake. The message names the file or setting and says what to do."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, for a reason that may have passed: another start may cure it."""
 
 
 class EchoedError(UserError):

@@ -76,7 +76,6 @@ BOUNDS = (
     ("train.save_minutes", 0, 1e6),
     ("train.keep_every", 0, 1e12),
     ("train.probe_tolerance", 0, 1e9),
-    ("train.hang_minutes", 0.05, 1e5),
     ("train.time_limit_minutes", 0, 1e7),
     ("train.spike_sigmas", 0, 1e6),
     ("train.spike_window", 10, 1e4),
@@ -178,11 +177,18 @@ def _impossible_training(config: Config) -> Iterator[str]:
     decays = [train.ema_decay, *train.extra_ema_decays]
     if len(set(decays)) != len(decays) or not all(0 <= decay < 1 for decay in decays):
         yield f"train.extra_ema_decays = {train.extra_ema_decays} must be numbers in [0, 1), none twice nor ema_decay"
-    if train.hang_minutes >= train.collective_timeout_minutes:
+    hang, timeout = train.hang_minutes, train.collective_timeout_minutes
+    if hang is not None and not 0.01 <= hang < timeout:
         yield (
-            f"train.hang_minutes = {train.hang_minutes:g} must be less than train.collective_timeout_minutes = "
-            f"{train.collective_timeout_minutes:g}: the other ranks would give up before it is known which one hangs"
+            f"train.hang_minutes = {hang:g} must be at least 0.01 and less than train.collective_timeout_minutes = "
+            f"{timeout:g}: the other ranks would give up before it is known which one hangs"
         )
+    if train.keep_every % train.save_every:
+        yield f"train.keep_every = {train.keep_every} must be a multiple of train.save_every = {train.save_every}"
+    if train.spike_action == "rollback" and not train.spike_sigmas:
+        yield "train.spike_action = rollback needs train.spike_sigmas above 0"
+    if train.spike_batches > 1 and train.spike_action != "rollback":
+        yield f"train.spike_batches = {train.spike_batches} has a meaning only with train.spike_action = rollback"
     yield from _impossible_stages(config)
     if config.max_steps < 1:
         yield f"train.max_steps = {config.max_steps} must be at least 1"

@@ -232,7 +232,7 @@ class TrainConfig:
     validation_frames: int = 256  # so many frames of them, at most
     num_threads: int = 0  # CPU threads of a rank; 0: cores / local ranks
     collective_timeout_minutes: float = 30.0
-    hang_minutes: float = 20.0  # a rank without progress for so long ends the run
+    hang_minutes: float | None = None  # a rank without progress for so long ends the run; None: 2/3 of the time-out
     time_limit_minutes: float = 0.0  # stop, with a checkpoint, so long after the start; 0: no limit
     max_skipped_steps: int = 20  # this many steps with non-finite gradients in a row end the run
     spike_sigmas: float = 8.0  # a loss so many deviations above its recent mean is a spike; 0: do not look
@@ -240,6 +240,11 @@ class TrainConfig:
     spike_action: str = one_of("warn", "rollback")  # rollback: to the checkpoint before it, leaving its samples out
     spike_batches: int = 1  # that a rollback leaves out: the one with the spike and those before it
     grad_norms_every: int = 0  # steps between reports of the gradient norm of every layer; 0: never
+
+    @property
+    def hang_limit(self) -> float:
+        """Minutes without progress that end the run: before the other ranks' collectives time out."""
+        return 2 / 3 * self.collective_timeout_minutes if self.hang_minutes is None else self.hang_minutes
 
 
 @dataclass

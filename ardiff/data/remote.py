@@ -36,7 +36,7 @@ __all__ = ["ShardCache", "is_remote"]
 
 log = logging.getLogger("ardiff")
 START_PATIENCE = 15.0  # seconds of trying to reach a data set at the start
-PATIENCE = 1200.0  # and in a run; less than train.collective_timeout_minutes, or the other ranks give up first
+PATIENCE = 900.0  # and in a run; less than train.hang_minutes, or the run is taken for one that hangs
 TELL_AFTER = 30.0
 RESERVED = ".room"
 CONNECTIONS = 16  # for the many small index files

@@ -85,18 +85,25 @@ class BatchStream:
         return self
 
     def __next__(self) -> GlobalBatch:
-        while not self._at_hand:
-            if self._closed.is_set():
-                raise StopIteration
-            try:
-                self._at_hand = self._ready.get(timeout=1.0)[::-1]
-                self._permits.put(None)
-            except queue.Empty:
-                continue
+        while not self.ready(1.0):
+            pass
+        if not self._at_hand:
+            raise StopIteration
         item = self._at_hand[-1]
         if isinstance(item, BaseException):
             raise item  # and again, should the consumer ask again
         return self._at_hand.pop()  # type: ignore[return-value]
+
+    def ready(self, timeout: float) -> bool:
+        """Whether the next batch (or an error, or the end of a closed stream) is there, within so many seconds."""
+        if self._at_hand or self._closed.is_set():
+            return True
+        try:
+            self._at_hand = self._ready.get(timeout=timeout)[::-1]
+        except queue.Empty:
+            return False
+        self._permits.put(None)
+        return True
 
     def close(self) -> None:
         """Stop the threads."""

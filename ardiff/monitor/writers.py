@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ardiff import cli
 from ardiff.errors import UserError
 from ardiff.files import write_text
 from ardiff.video import gif_bytes
@@ -47,7 +48,7 @@ class MetricsWriter:
             self._lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
             self._lines.flush()
             self._chart(metrics)
-        print(self._summary(metrics), flush=True)
+        cli.say(self._summary(metrics))
 
     def _chart(self, metrics: dict[str, Any]) -> None:
         step = metrics["step"]

@@ -46,17 +46,19 @@ class World:
         """True on the process that prints and writes the shared files."""
         return self.rank == 0
 
-    def barrier(self, meanwhile: Callable[[], None] | None = None) -> None:
-        """Wait for all ranks, on the host. meanwhile: called several times a second, and signals are heard."""
-        if meanwhile is None:
-            dist.barrier(group=self.control)
-            return
-        work = dist.barrier(group=self.control, async_op=True)
-        assert work is not None
-        while not work.is_completed():
+    def barrier(self) -> None:
+        """Wait for all ranks, on the host."""
+        dist.barrier(group=self.control)
+
+    def meet(self, name: str, meanwhile: Callable[[], None]) -> None:
+        """Wait for all ranks, however long some of them work: without a collective, which would time out.
+
+        name: of this meeting, never used before. meanwhile: called several times a second, and signals are heard.
+        """
+        self.tally(name, 1)
+        while self.tally(name) < self.size:
             meanwhile()
             time.sleep(0.1)
-        work.wait()  # raises what went wrong
 
     def tally(self, name: str, amount: int = 0) -> int:
         """Add to a number that all ranks share, and read it; not a collective, so any rank may ask at any time."""

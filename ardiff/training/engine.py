@@ -72,6 +72,10 @@ def _check_ds_settings(path: Path, settings: dict[str, Any]) -> None:
         )
     if stage == 1 and bf16:
         raise UserError(f"--ds_config {path}: DeepSpeed keeps no flat master weights in bf16 at stage 1; use stage 2")
+    if settings.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UserError(
+            f"--ds_config {path}: remove bf16.check_grad_overflow: steps that are not finite would be taken"
+        )
     if settings.get("fp16", {}).get("enabled"):
         raise UserError(f"--ds_config {path}: fp16 is not supported, use bf16 (or neither, for fp32)")
     if settings.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":

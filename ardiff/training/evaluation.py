@@ -33,6 +33,7 @@ class Evaluation:
         self._job, self._engine, self._ema, self._world = job, engine, ema, world
         self._watchdog, self._stop = watchdog, stop
         self._looked, self._progress = 0.0, 0  # when, and what, of the others' work
+        self._meetings = 0
         # Decided by the rank that works: all enter the averaged weights together, or none does.
         self.sample_every, self.validate_every = world.from_main(
             lambda: (
@@ -81,7 +82,8 @@ class Evaluation:
                 log.exception("no %s at step %d", what, step)
             finally:
                 objective.train()
-            self._world.barrier(self._while_others_work)
+            self._meetings += 1
+            self._world.meet(f"evaluated/{self._meetings}", self._while_others_work)
         return found
 
     @contextmanager

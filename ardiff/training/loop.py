@@ -28,18 +28,22 @@ def train(trainer: Trainer) -> Outcome:
     reason = FINISHED
     with trainer.running():
         while trainer.step < last:
-            terms = trainer.train_step(trainer.next_batch())
+            batch = trainer.next_batch()
+            if batch is None:  # all ranks were asked to stop while they waited for data
+                trainer.save_if_good()
+                reason = trainer.asked_to_stop() or reason
+                break
+            terms = trainer.train_step(batch)
             if trainer.report_is_due:
                 trainer.report(terms)
             agreed, rolled_back = trainer.agree()
             if agreed.failed:
                 trainer.settle()  # raises on every rank: metrics or a checkpoint could not be written
             ends = trainer.step == last or agreed.stop is not None or trainer.problem is not None
-            due = ends or agreed.save or trainer.step % config.save_every == 0
             with clock.paused():
-                if due and not rolled_back and trainer.is_good():
-                    trainer.save()
-                if trainer.preview_is_due and agreed.stop is None:
+                if not rolled_back and (ends or agreed.save or trainer.step % config.save_every == 0):
+                    rolled_back = not trainer.save_if_good()
+                if trainer.preview_is_due and not rolled_back and agreed.stop is None:
                     trainer.preview()
             if trainer.problem is not None:
                 trainer.settle()

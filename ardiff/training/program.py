@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ardiff.training.engine import accumulation_steps, read_ds_config
 from ardiff.training.job import Job
 from ardiff.training.loop import FINISHED, Outcome, train
 from ardiff.training.rank_log import open_rank_log
+from ardiff.training.stop import StopSignal
 from ardiff.training.trainer import Trainer
 from ardiff.training.watchdog import Watchdog
 
@@ -51,18 +51,19 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed:
     name: what is trained, as in `Job.name`. fixed: sections and settings of the configuration that a run_dir is made
     for; with others it is refused.
     """
-    started = time.monotonic()
+    stop = StopSignal()
     options, _ = parser.parse_known_args()
     distributed.launcher_environment()
     stop_with_launcher()
     try:
-        outcome = _train(parser, build_job, name, fixed, started)
+        outcome = _train(parser, build_job, name, fixed, stop)
+        _record(options.run_dir, outcome.reason, cli.EXIT_OK, outcome.step)
     except BaseException as error:
         _record_failure(options.run_dir, error)
         raise
     finally:
         distributed.finish()
-    _record(options.run_dir, outcome.reason, cli.EXIT_OK, outcome.step)
+        stop.release()
     if outcome.reason == FINISHED:
         log.info("finished at step %d; a larger --train.max_steps would go on", outcome.step)
     else:
@@ -71,7 +72,7 @@ def main(parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed:
 
 
 def _train(
-    parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...], started: float
+    parser: argparse.ArgumentParser, build_job: BuildJob, name: str, fixed: tuple[str, ...], stop: StopSignal
 ) -> Outcome:
     _configure_logging()
     prepared: tuple[Path, Config, dict[str, Any], Job] | None = None
@@ -100,18 +101,20 @@ def _train(
     world.from_main(lambda: run_dir.lock(folder))
     global _run_dir_is_ours
     _run_dir_is_ours = True
+    stop.listen(config.train.time_limit_minutes)
+    if world.is_main:
+        run_dir.write_exit(folder, run_dir.RUNNING, None, None)  # whatever the start before left
     open_rank_log(folder, world.rank, world.size)
-    with Watchdog(folder, world.rank, world.size, config.train.hang_minutes) as watchdog:
+    with Watchdog(folder, world.rank, world.size, config.train.hang_limit) as watchdog:
         watchdog.enter("building the model", 0)
-        trainer = Trainer(job, folder, ds_settings, world, watchdog, started)
+        trainer = Trainer(job, folder, ds_settings, world, watchdog, stop)
         if world.is_main:
             _announce(job, trainer, folder)
-        with trainer.stop:
-            trainer.resume()  # may still refuse, so nothing of the run is written before it
-            if world.is_main:
-                run_dir.describe(folder, config, job.name, trainer.engine.ds_config, world.size)
-                run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
-            outcome = train(trainer)
+        trainer.resume()  # may still refuse, so nothing of the run is written before it
+        if world.is_main:
+            run_dir.describe(folder, config, job.name, trainer.engine.ds_config, world.size)
+            run_dir.write_exit(folder, run_dir.RUNNING, None, trainer.step)
+        outcome = train(trainer)
         world.barrier()  # a rank that has gone cuts the connections of one that is still being told
         return outcome
 
@@ -159,6 +162,7 @@ def _announce(job: Job, trainer: Trainer, folder: Path) -> None:
 
 
 def _configure_logging() -> None:
+    logging.raiseExceptions = False  # a terminal that was closed must not litter what goes on without it
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     main_rank = os.environ.get("RANK", "0") == "0"
@@ -174,7 +178,12 @@ def _record_failure(folder: Path, error: BaseException) -> None:
     if mistake is not None:
         _record(folder, "user error: " + " ".join(str(mistake).split()), cli.EXIT_USER_ERROR, None, any_rank=True)
         return
+    if isinstance(error, KeyboardInterrupt):
+        _record(folder, "interrupted", cli.EXIT_INTERRUPTED, None)
+        return
     ended = run_dir.read_exit(folder)
+    if _run_dir_is_ours and ended and ended.get("code") == cli.EXIT_HUNG:
+        return  # the cause of this error
     if ended is None or ended.get("reason") == run_dir.RUNNING or os.environ.get("RANK", "0") == "0":
         if ended and ended.get("code") == cli.EXIT_USER_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
             return  # another rank has told the cause already

@@ -8,11 +8,14 @@ threads talk over a process group of their own, because the main threads go on u
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
+import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,8 +27,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ardiff import cli
 from ardiff.config import Config, to_yaml
-from ardiff.errors import UserError
+from ardiff.errors import CheckpointError, EchoedError, UserError
 from ardiff.files import sha256, sync, write_json, write_text
 from ardiff.training import checkpoint
 from ardiff.training.checkpoint import State
@@ -39,13 +43,18 @@ NOTICEABLE = 1.0  # seconds of waiting for the checkpoint before that deserve a 
 SMALL_FILES = 1 << 20  # bytes of state.json and the like, about
 NICENESS = 10  # of the writing thread
 GIB = 2**30
+# What a user mends; a path that is not there may be that of a network disk that another rank's folder reaches late.
+_USERS_ERRNOS = cli.USERS_ERRNOS - {errno.ENOENT}
+_Failure = tuple[bool, str] | None  # whether the user can mend it, and what it is
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time (collective: all ranks make one).
 
     A checkpoint holds the state as it was at `begin`, whatever training does afterwards. A failure on any rank is one
-    on every rank: no rank has a checkpoint that another lacks.
+    on every rank: no rank has a checkpoint that another lacks. It is a UserError where the user has to make room or
+    the like, and otherwise a CheckpointError: a disk of the network that does not answer now may do so at the next
+    start.
     """
 
     def __init__(self, run_dir: Path, config: Config, world: World) -> None:
@@ -76,8 +85,7 @@ class Saver:
     ) -> None:
         """Start a checkpoint of this moment (collective); returns as soon as everything of this rank is copied.
 
-        Waits for the one before. probe: of `probe.take`, on rank 0. Raises UserError on every rank when the one before
-        could not be written or the disk has not enough room.
+        Waits for the one before. probe: of `probe.take`, on rank 0. Raises as `wait` and `check_space` do.
         """
         start = time.perf_counter()
         self.wait()
@@ -107,7 +115,9 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written (collective). Raises UserError on every rank if the last one failed."""
+        """Until nothing is being written (collective). If the last one failed, raises UserError or CheckpointError, the
+        same on every rank.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -116,18 +126,26 @@ class Saver:
             raise failure
 
     def close(self) -> bool:
-        """Leave what is being written some time to end. Each rank by itself; raises nothing.
+        """Leave what is being written some time to end, and tell if it does not. Each rank by itself; raises nothing.
 
-        False: its disk, or that of another rank, does not answer. The thread does not keep the process alive, but an
-        ordinary exit may be taken for a crash when it is woken meanwhile: then leave by os._exit.
+        Returns whether nothing is being written any more. The thread does not keep the process alive, so a disk that
+        does not answer only costs this checkpoint.
         """
-        if self._thread is None:
-            return True
-        self._thread.join(PATIENCE)
+        if self._thread is not None:
+            self._thread.join(PATIENCE)
+        if self.writing:
+            log.error(
+                "rank %d: the checkpoint is not written after %g s more and is given up; earlier ones are intact",
+                self._world.rank,
+                PATIENCE,
+            )
         return not self.writing
 
     def check_space(self, flat: FlatState, ema: ShardedEMA, objective: nn.Module, probe: Tensor | None = None) -> None:
-        """Whether the disk has room for one more checkpoint (collective). Raises UserError on every rank if not."""
+        """Refuse to go on where the disk has no room for one more checkpoint (collective).
+
+        Raises UserError on every rank if so, CheckpointError where the disk does not tell.
+        """
         needed = 0
         for vectors in (flat.vectors() | ema.vectors()).values():
             for (start, end), master, _ in zip(flat.ranges(), flat.partitions, vectors, strict=False):
@@ -136,7 +154,7 @@ class Saver:
             needed += SMALL_FILES + sum(buffer.nbytes for buffer in objective.buffers())
             needed += 0 if probe is None else probe.nbytes
         total = sum(self._world.gather(needed))
-        self._world.from_main(partial(_require_space, self._run_dir, total))
+        self._on_main(self._world, self._run_dir, partial(_require_space, self._run_dir, total))
 
     def _room(self, name: str, length: int, like: Tensor) -> Tensor:
         """Host memory for a tensor, the same for every checkpoint; of a GPU's, pinned."""
@@ -153,11 +171,15 @@ class Saver:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         final = checkpoint.step_directory(self._run_dir, document["step"])
         try:
-            self._writers.from_main(partial(_make_folder, final))
+            self._on_main(self._writers, final, partial(checkpoint.unfinished(final).mkdir, parents=True))
             parts = self._writers.gather(self._write_own(checkpoint.unfinished(final), contents))
-            self._writers.from_main(partial(_finish, final, document, parts, self._config))
-        except Exception as error:  # to be raised by the main thread
+            self._on_main(self._writers, final, partial(_finish, final, document, parts, self._config))
+        except (UserError, CheckpointError) as error:  # to be raised by the main thread
             self._failure = error
+            return
+        except Exception as error:  # a rank that has gone, say
+            self._failure = _not_written(final, (False, str(error)), self._world.is_main)
+            self._failure.__cause__ = error
             return
         self.written_seconds = time.perf_counter() - start
         if self._world.is_main:
@@ -174,8 +196,23 @@ class Saver:
                 sync(folder / name)
                 files[name] = _describe(folder / name)
         except Exception as error:  # all ranks must hear of it
-            return {"error": f"rank {self._world.rank}: {error}"}
+            is_users, reason = _reason(error)
+            return {"failure": (is_users, f"rank {self._world.rank}: {reason}")}
         return {"files": files}
+
+    def _on_main(self, world: World, what: Path, act: Callable[[], object]) -> None:
+        """Run `act` on rank 0 (collective); if it fails, every rank raises UserError or CheckpointError."""
+
+        def attempt() -> _Failure:
+            try:
+                act()
+            except Exception as error:
+                return _reason(error)
+            return None
+
+        failure = world.from_main(attempt)
+        if failure is not None:
+            raise _not_written(what, failure, world.is_main)
 
 
 def _require_space(run_dir: Path, needed: int) -> None:
@@ -190,17 +227,31 @@ def _require_space(run_dir: Path, needed: int) -> None:
         )
 
 
-def _make_folder(final: Path) -> None:
-    try:
-        checkpoint.unfinished(final).mkdir(parents=True)
-    except OSError as error:
-        raise _not_written(final, error) from error
+def _reason(error: Exception) -> tuple[bool, str]:
+    """Whether a user can mend what kept a file from being written, and what it is."""
+    if isinstance(error, _FailedError):
+        return error.is_users, str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors, which raises an error of its own
+        number = int(found[1])
+    text = str(error) or type(error).__name__
+    return isinstance(error, UserError) or number in _USERS_ERRNOS, text
 
 
-def _not_written(final: Path, reason: object) -> UserError:
-    return UserError(
-        f"{final}: the checkpoint could not be written ({reason}); earlier ones are intact, make room and start again"
-    )
+def _not_written(what: Path, failure: tuple[bool, str], is_main: bool) -> Exception:
+    is_users, reason = failure
+    text = f"{what}: the checkpoint could not be written ({' '.join(reason.split())}); earlier ones are intact, "
+    if not is_users:
+        return CheckpointError(text + "start again")
+    return (UserError if is_main else EchoedError)(text + "make room and start again")
+
+
+class _FailedError(Exception):
+    """What failed on another rank."""
+
+    def __init__(self, is_users: bool, reason: str) -> None:
+        super().__init__(reason)
+        self.is_users = is_users
 
 
 def _describe(path: Path) -> dict[str, Any]:

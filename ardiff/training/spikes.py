@@ -25,6 +25,7 @@ class Spike:
     deviations: float
     start: int
     end: int
+    phase: int  # of train.phases
 
     def __str__(self) -> str:
         return f"LOSS SPIKE at step {self.step}: {self.loss:.4g}, {self.deviations:.1f} deviations above recent losses"
@@ -100,7 +101,7 @@ class SpikeWatch:
         deviations = self.detector.see(loss)
         if deviations is None:
             return None
-        return Spike(past.step, loss, deviations, min(each.position for each in self._judged), past.end)
+        return Spike(past.step, loss, deviations, min(each.position for each in self._judged), past.end, past.phase)
 
     def restart(self, recent_losses: list[float], phase: int | None) -> None:
         """Go on from a checkpoint."""

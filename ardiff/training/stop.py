@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -22,25 +23,26 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Catches SIGTERM, SIGINT and SIGUSR1 while entered, and knows when the time is up.
+    """Catches SIGTERM, SIGINT and SIGUSR1 between `listen` and `release`, and knows when the time is up."""
 
-    minutes: after `started` (time.monotonic), the time limit of the run; 0: none.
-    """
-
-    def __init__(self, minutes: float = 0.0, started: float | None = None) -> None:
-        begin = time.monotonic() if started is None else started
-        self._deadline = begin + 60 * minutes if minutes else None
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._deadline: float | None = None
         self._received: str | None = None
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopSignal:
+    def listen(self, time_limit_minutes: float = 0.0) -> None:
+        """From now on signals are remembered. time_limit_minutes: since this object was made; 0: none."""
+        if time_limit_minutes:
+            self._deadline = self._started + 60 * time_limit_minutes
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._remember)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
+        """Leave signals to whoever had them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self._received = self._received or signal.Signals(number).name
@@ -71,6 +73,11 @@ class Agreed:
     save: bool = False
     failed: bool = False
     loss: float | None = None  # mean over the global batch; None when nobody told one
+
+    def add(self, other: Agreed) -> None:
+        """Keep what was agreed until it is acted upon."""
+        self.stop, self.save = self.stop or other.stop, self.save or other.save
+        self.failed = self.failed or other.failed
 
 
 class Agreement:
@@ -107,3 +114,19 @@ class Agreement:
             failed=failed > 0,
             loss=total / count if count else None,
         )
+
+
+def leave_together(world: World, step: int, arrived: Callable[[], bool]) -> bool:
+    """Whether all ranks stop here, before this step; asked by a rank that waits for its data and is to stop.
+
+    arrived: waits a moment, and tells whether the data are there. A rank that has its data is in the step already, whose
+    collectives need all ranks: then none can leave, and False is returned when the data of this one have come.
+    """
+    leaving, left = f"leaving/{step}", f"left/{step}"
+    if world.tally(leaving, 1) == world.size:
+        world.tally(left, 1)
+        return True
+    while not world.tally(left):
+        if arrived():  # withdraw, unless all were leaving before that
+            return world.tally(leaving, -1) == world.size - 1
+    return True

@@ -27,10 +27,11 @@ from ardiff.training.job import Feed, Job
 from ardiff.training.reporting import Reporter
 from ardiff.training.saving import Saver
 from ardiff.training.spikes import MOST_ROLLBACKS, Spike, SpikeWatch
-from ardiff.training.stop import Agreed, Agreement, Say, StopSignal
+from ardiff.training.stop import Agreed, Agreement, Say, StopSignal, leave_together
 from ardiff.training.watchdog import Watchdog
 
 log = logging.getLogger("ardiff")
+PATIENCE = 1.0  # seconds of waiting for data after which a rank looks whether it is to stop
 NAMED_SAMPLES = 16  # of a step that went wrong, so many in the log
 
 
@@ -38,7 +39,7 @@ class Trainer:
     """State of a run: engine, EMA, position in the data. The loop is `ardiff.training.loop.train`."""
 
     def __init__(
-        self, job: Job, folder: Path, ds_settings: dict[str, Any], world: World, watchdog: Watchdog, started: float
+        self, job: Job, folder: Path, ds_settings: dict[str, Any], world: World, watchdog: Watchdog, stop: StopSignal
     ) -> None:
         self.job, self.config, self.folder, self.world, self.watchdog = job, job.config, folder, world, watchdog
         train = job.config.train
@@ -61,7 +62,7 @@ class Trainer:
         self.flat = FlatState(self.engine.optimizers, self.engine.parameter_names(), world.rank)
         self.ema = ShardedEMA(self.engine.optimizers[0], [train.ema_decay, *train.extra_ema_decays])
         self.saver = Saver(folder, self.config, world)
-        self.stop = StopSignal(train.time_limit_minutes, started)
+        self.stop = stop
         self.reporter = Reporter(world, self.config)
         self.engine.forward_timer = self.reporter.times.forward
         self.evaluation = Evaluation(job, self.engine, self.ema, world, watchdog, self.stop)
@@ -70,7 +71,7 @@ class Trainer:
         self.problem: UserError | None = None  # what ends the run, after a checkpoint; the same on all ranks
         self.bad_samples = BadSamples(job.data, job.config.data, world)
         self.skipped: list[list[Any]] = []  # stretches of samples [start, end, reason] that are left out
-        self._agreement = Agreement(world)
+        self._agreement, self._agreed = Agreement(world), Agreed()
         self._spikes = SpikeWatch(train)
         self._rollbacks = (0, 0)  # to which step, how often
         self._saved_at = time.monotonic()
@@ -158,15 +159,21 @@ class Trainer:
 
     # --- a step ---
 
-    def next_batch(self) -> GlobalBatch:
-        """The next global batch; from another stream where a phase with other clips begins."""
+    def next_batch(self) -> GlobalBatch | None:
+        """The next global batch; None when all ranks are to stop while they wait for it."""
         assert self._stream is not None
         self.watchdog.enter("waiting for data", self.step + 1)
-        if self._stream.collate is not self.feed.collate:
+        if self._stream.collate is not self.feed.collate:  # a phase with other clips begins
             self._stream.close()
             self._stream = self._open_stream()
+        stream = self._stream
         with self.reporter.clock.waiting_for_data():
-            return next(self._stream)
+            while not stream.ready(PATIENCE):
+                if self.stop.reason is not None:
+                    self.world.tally("stop", 1)
+                if self.world.tally("stop") and leave_together(self.world, self.step, lambda: stream.ready(0.1)):
+                    return None
+            return next(stream)
 
     def train_step(self, batch: GlobalBatch) -> list[Terms]:
         """One optimizer step, EMA included."""
@@ -194,7 +201,7 @@ class Trainer:
             log.warning(
                 "SKIPPED STEP %d: loss or gradients are not finite (%d in a row, %d end the run); samples %d to %d: %s",
                 *(self.step, self._skipped_in_a_row, most, batch.position, batch.position + batch.size - 1),
-                self._named(batch.position, batch.size),
+                self._named(self._phase, batch.position, batch.size),
             )
         if self._skipped_in_a_row >= most:
             self.problem = UserError(
@@ -203,8 +210,8 @@ class Trainer:
                 "the checkpoint of this step"
             )
 
-    def _named(self, first: int, size: int) -> str:
-        names = describe_samples(self.feed.data, first, min(size, NAMED_SAMPLES))
+    def _named(self, phase: int, first: int, size: int) -> str:
+        names = describe_samples(self.job.feeds[phase].data, first, min(size, NAMED_SAMPLES))
         return ", ".join(names) + (f" and {size - NAMED_SAMPLES} more" if size > NAMED_SAMPLES else "")
 
     def _enter_phase(self, scheduled: int) -> None:
@@ -223,24 +230,29 @@ class Trainer:
         return next(filter(None, self.world.gather(self.stop.reason)), None)
 
     def agree(self) -> tuple[Agreed, bool]:
-        """What all ranks said after the step before (no waiting), and whether its loss made the run roll back."""
+        """What all ranks said up to the step before (no waiting), and whether its loss made the run roll back."""
         minutes = self.config.train.save_minutes
         late = self.world.is_main and bool(minutes) and time.monotonic() - self._saved_at >= 60 * minutes
         failed = self.saver.failed or self._mistake is not None
-        mine = Say(self.stop.reason, late, failed, self._spikes.next_loss())
-        agreed = self._agreement.tell(mine) or Agreed()
-        return agreed, self._handle(self._spikes.judge(agreed.loss))
+        rolled_back = self._hear(self._agreement.tell(Say(self.stop.reason, late, failed, self._spikes.next_loss())))
+        return self._agreed, rolled_back
+
+    def _hear(self, agreed: Agreed | None) -> bool:
+        """Take in what was agreed; whether it made the run roll back."""
+        if agreed is None:
+            return False
+        self._agreed.add(agreed)
+        return self._handle(self._spikes.judge(agreed.loss))
 
     def settle(self) -> None:
         """Wait for what is being written (collective). Raises UserError on every rank if anything could not be."""
         self.world.agree(self._mistake)
         self.saver.wait()
 
-    def is_good(self) -> bool:
+    def _is_good(self) -> bool:
         """Whether the losses of all steps so far are (collective, waits); if not, the run has been rolled back."""
         while True:
-            agreed = self._agreement.settle()
-            if agreed is not None and self._handle(self._spikes.judge(agreed.loss)):
+            if self._hear(self._agreement.settle()):
                 return False
             if not self._spikes.untold:
                 return True
@@ -251,7 +263,7 @@ class Trainer:
         if spike is None:
             return False
         if self.world.is_main:
-            names = self._named(spike.start, spike.end - spike.start)
+            names = self._named(spike.phase, spike.start, spike.end - spike.start)
             log.warning("%s; samples %d to %d: %s", spike, spike.start, spike.end - 1, names)
         return self.config.train.spike_action == "rollback" and self._roll_back(spike)
 
@@ -324,14 +336,24 @@ class Trainer:
 
     # --- checkpoints ---
 
-    def save(self) -> None:
-        """Begin to write a checkpoint (collective); training goes on when this rank's state is copied."""
+    def save_if_good(self) -> bool:
+        """Begin to write a checkpoint (collective), unless a loss so far made the run roll back: then False.
+
+        Training goes on when this rank's state is copied. Raises UserError on every rank when metrics could not be
+        written: a resumed run takes those before its checkpoint for complete.
+        """
         self.watchdog.enter("checkpoint", self.step)
+        if not self._is_good():
+            return False
+        if self.saved == self.step:
+            return True
         self.problem = self.problem or self.bad_samples.meet(self.samples)
         self._write(None)
+        self.world.agree(self._mistake)
         predictions = probe.take(self.engine.objective) if self.world.is_main else None
         self.saver.begin(self.state(), self.flat, self.ema, self.engine.objective, predictions)
-        self.saved, self._saved_at = self.step, time.monotonic()
+        self.saved, self._saved_at, self._agreed.save = self.step, time.monotonic(), False
+        return True
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the run, if there is one (collective)."""
@@ -387,13 +409,13 @@ class Trainer:
 
     def _roll_back(self, spike: Spike) -> bool:
         """Go back to the checkpoint before a spike and leave its samples out from then on (collective)."""
-        self._agreement.settle()
         self.saver.wait()
         found = self.world.from_main(lambda: checkpoint.newest_valid(self.folder))
         if found is None:
             if self.world.is_main:
                 log.warning("no checkpoint to roll back to yet: going on")
             return False
+        self._agreed.add(self._agreement.settle() or Agreed())  # its loss is of a step that will be done again
         skipped = self.skipped
         self._close()
         state = self._restore(found)

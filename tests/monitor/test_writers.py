@@ -83,7 +83,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     writer = MetricsWriter(tmp_path, 1, 10)
     writer.write(report(1))
     writer._lines.close()
-    writer._lines = Path("/dev/full").open("w")  # every flush fails with ENOSPC
-    with pytest.raises(UserError, match="/dev/full: cannot be written .* make room and start again"):
+    writer._lines = Path("/dev/full").open("w")  # noqa: SIM115 - every flush fails with ENOSPC
+    with pytest.raises(UserError, match=r"/dev/full: cannot be written .* make room and start again"):
         writer.write(report(2))
     writer.close()

@@ -47,6 +47,7 @@ def test_every_parameter_is_in_one_group():
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "use stage 2, or remove bf16"),
         ({"bfloat16": {"enabled": True}}, 'write "bf16"'),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "must be fp32"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 2}}, "not finite"),
         ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, "use bf16"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, "use stage 2"),

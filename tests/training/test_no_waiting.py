@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Whatever makes the host wait for numbers of the device passes through one of these.
 SCRIPT = """
-import sys, time, traceback
+import sys, traceback
 from pathlib import Path
 import torch
 sys.path.insert(0, str(Path.cwd()))
 from ardiff.config import load
 from ardiff.training import distributed
 from ardiff.training.engine import read_ds_config
+from ardiff.training.stop import StopSignal
 from ardiff.training.trainer import Trainer
 from ardiff.training.watchdog import Watchdog
 from launch.train import build_job
@@ -29,7 +30,7 @@ config = load("tiny", settings)
 world = distributed.start(1, 1.0)
 with Watchdog(run_dir, 0, 1, 1.0) as watchdog:
     trainer = Trainer(build_job(config), run_dir, read_ds_config(Path("ds_configs/zero2_cpu.json")), world, watchdog,
-                      time.monotonic())
+                      StopSignal())
     found = []
 
     def watched(name):

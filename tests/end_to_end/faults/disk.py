@@ -22,6 +22,7 @@ FULL = Setting(
 )
 FULL_ON_TWO = Setting(FULL.extra)
 MEGABYTE = 1 << 20
+CHECKPOINTS = 30  # megabytes that all checkpoints to come need, and to spare
 ROOM = 200  # megabytes: for ten checkpoints of 10 MB, and to spare
 
 
@@ -51,16 +52,16 @@ def small_disk(folder: Path, megabytes: float) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
-def fill(disk: Path) -> Path:
-    """A file that takes all the room that is left; deleting it makes room again."""
+def fill(disk: Path, leave: int = 0) -> Path:
+    """A file that takes all the room there is, but for so many megabytes; deleting it makes room again."""
     ballast = disk / ".ballast"
+    keep = leave * MEGABYTE
     with ballast.open("ab") as stream:
-        size = 64 * MEGABYTE
-        while size >= 4096:
+        while (size := shutil.disk_usage(disk).free - keep) >= 4096:
             try:
                 os.posix_fallocate(stream.fileno(), os.fstat(stream.fileno()).st_size, size)
-            except OSError:
-                size //= 2
+            except OSError:  # somebody else has taken some of it
+                continue
     return ballast
 
 
@@ -85,6 +86,7 @@ def full_while_writing(bench: Bench, tally: Tally, rounds: int) -> None:
         run = bench.new_run("disk_full_while_writing", f"{number:02d}", setting)
         with small_disk(run.checkpoints, ROOM) as disk, _kept_on_failure(run):  # the rest of the folder has room
             bench.cut_back(run, LEFT)
+            fill(disk, leave=CHECKPOINTS)  # so that little is left to fill in the middle of a write
             run.start()
             run.wait_for_step(LEFT + 5)
             run.wait_until(run.being_written, "a checkpoint")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from dataclasses import replace
 
-from tests.end_to_end.faults.bench import Bench, Run, Setting, Tally, require
+from tests.end_to_end.faults.bench import INJECT, Bench, Run, Setting, Tally, require
 from tests.end_to_end.faults.kills import expect_no_processes
 
 STEPS, HANGING_STEP = 40, 17
@@ -35,6 +36,9 @@ def hang(bench: Bench, tally: Tally, rounds: int) -> None:
         run.start()
         run.wait_until((run.folder / "has_hung").exists, "the hang")
         waits.append(_check_found(run))
+        reason = run.exit_record()["reason"]
+        require("in 'training step'" in reason, f"exit.json does not say what the ranks did: {reason}")
+        _check_stacks(run)
         run.finish()
         bench.compare(run)
         tally.rounds += 1
@@ -76,6 +80,14 @@ def _check_found(run: Run, rank: int = 1) -> float:
         text = (run.run_dir / "logs" / name).read_text()
         require("File " in text and "line " in text, f"{name} holds no stack: {text[:200]!r}")
     return time.monotonic() - begin
+
+
+def _check_stacks(run: Run) -> None:
+    """All ranks answered, and the stack of the one that hangs, rank 1, begins where it does."""
+    for rank in range(run.setting.ranks):
+        text = (run.run_dir / "logs" / f"hang_rank{rank:05d}.txt").read_text()
+        innermost = re.findall(r'most recent call first\):\n  File "([^"]*)"', text)
+        require((str(INJECT) in innermost) == (rank == 1), f"the stacks of rank {rank}: {innermost}")
 
 
 def time_limit(bench: Bench, tally: Tally, rounds: int) -> None:

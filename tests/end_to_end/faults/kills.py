@@ -22,6 +22,7 @@ KILLED = Setting(
 CHAIN = 5  # kills of one run before it may finish
 MOMENTS = ("write", "time", "write", "step")
 START_UP = 0.6  # share of the undisturbed run's time, about, before its first step
+ENOUGH = 6  # kills of which a third must come in the middle of a write
 PATIENCE = 60.0  # seconds after the death of a rank or of the launcher until everything has ended
 
 
@@ -49,6 +50,8 @@ def kill(bench: Bench, tally: Tally, rounds: int, victim: int | None) -> None:
         require(late <= rounds, f"{late} kills came after the end of the run")
         run.finish()
         bench.compare(run)
+    few = rounds >= ENOUGH and 3 * tally.hits < rounds
+    require(not few, f"only {tally.hits} of {rounds} kills hit a write in progress: this run says little")
     tally.notes += [f"{late} came after the end"] if late else []
 
 

@@ -37,6 +37,7 @@ SCENARIOS: dict[str, Scenario] = {
     "submit_stopped": (supervised.stopped, 1),
     "stop_in_evaluation": (stops.stop_in_evaluation, 3),
     "stop_in_preview": (stops.stop_in_preview, 3),
+    "stop_of_one_rank": (stops.stop_of_one_rank, 1),
     "stop_in_checkpoint": (stops.stop_in_checkpoint, 3),
     "time_limit": (hangs.time_limit, 1),
 }

@@ -19,6 +19,7 @@ IN_EVALUATION = Setting(
     (*EVERY, "--train.validate_every", "8", "--data.validation", "VALIDATION"), 1, "python", (SLOW,)
 )
 IN_PREVIEW = Setting((*EVERY, "--train.sample_every", "8"), 1, "python", (SLOW,))
+OF_ONE_RANK = Setting(IN_PREVIEW.extra, faults=(SLOW,))
 IN_CHECKPOINT = Setting((*EVERY, "--model.hidden_size", "128", "--train.save_every", "3"), 1, "python")
 
 
@@ -37,11 +38,18 @@ def stop_in_checkpoint(bench: Bench, tally: Tally, rounds: int) -> None:
     _stop(bench, tally, rounds, "stop_in_checkpoint", IN_CHECKPOINT, lambda run: run.being_written() is not None)
 
 
+def stop_of_one_rank(bench: Bench, tally: Tally, rounds: int) -> None:
+    """The second of two ranks gets the signal, while the first draws sample videos and the second waits."""
+    _stop(bench, tally, rounds, "stop_of_one_rank", OF_ONE_RANK, _busy, rank=1)
+
+
 def _busy(run: Run) -> bool:
     return (run.folder / "busy").exists()
 
 
-def _stop(bench: Bench, tally: Tally, rounds: int, name: str, setting: Setting, busy: Callable[[Run], bool]) -> None:
+def _stop(
+    bench: Bench, tally: Tally, rounds: int, name: str, setting: Setting, busy: Callable[[Run], bool], rank: int = 0
+) -> None:
     """One run is stopped by one signal after the other, and then finishes."""
     waits = []
     bench.reference(setting)
@@ -53,7 +61,7 @@ def _stop(bench: Bench, tally: Tally, rounds: int, name: str, setting: Setting, 
         begun = run.last_step()
         run.wait_until(lambda: run.last_step() > begun, "a step")  # noqa: B023 - called at once
         run.wait_until(lambda: busy(run), "what is to be disturbed")
-        waits.append(_stop_now(run, SIGNALS[number % len(SIGNALS)]))
+        waits.append(_stop_now(run, rank, SIGNALS[number % len(SIGNALS)]))
         tally.rounds += 1
     (run.folder / "slow").unlink()
     run.finish()
@@ -61,8 +69,11 @@ def _stop(bench: Bench, tally: Tally, rounds: int, name: str, setting: Setting, 
     tally.notes.append(f"stopped after {max(waits):.1f} s at most")
 
 
-def _stop_now(run: Run, number: signal.Signals) -> float:
-    pid = run.rank_process(0) or (run.process.pid if run.process is not None else 0)
+def _stop_now(run: Run, rank: int, number: signal.Signals) -> float:
+    assert run.process is not None
+    pid = run.process.pid if run.setting.kind == "python" else run.rank_process(rank)
+    require(pid is not None, f"rank {rank} is not there: {run.log}")
+    assert pid is not None
     begin = time.monotonic()
     os.kill(pid, number)
     code = run.wait(3 * LIMIT)
