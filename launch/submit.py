@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 from ardiff import cli
 from ardiff.errors import UserError
 from ardiff.launching.command import LAUNCHERS, Launch, split
+from ardiff.launching.orphans import PATIENCE
 from ardiff.launching.supervisor import supervise
 
 EXAMPLE = "python launch/submit.py --launcher torchrun --ranks 8 --max_restarts 5 -- launch/train.py --run_dir runs/sky"
@@ -36,8 +37,8 @@ def main() -> int:
     parser.add_argument(
         "--stop_minutes",
         type=float,
-        default=10.0,
-        help="time for the last step and checkpoint after a signal, before all is killed (default 10)",
+        default=PATIENCE / 60,
+        help=f"time for the last step and checkpoint after a signal, before all is killed (default {PATIENCE / 60:g})",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the command that would be run, and do nothing")
     own, command = split(sys.argv[1:])
@@ -53,16 +54,12 @@ def main() -> int:
     if options.dry_run:
         print(launch.describe())
         return cli.EXIT_OK
-    print(f"{_now()} submit: {options.ranks} rank(s) with {options.launcher}, run_dir {folder}", flush=True)
+    _tell(f"{options.ranks} rank(s) with {options.launcher}, run_dir {folder}")
     return supervise(launch, options.max_restarts, 60 * options.stop_minutes, _tell)
 
 
 def _tell(line: str) -> None:
-    print(f"{_now()} submit: {line}", flush=True)
-
-
-def _now() -> str:
-    return time.strftime("%H:%M:%S")
+    cli.say(f"{time.strftime('%H:%M:%S')} submit: {line}")
 
 
 if __name__ == "__main__":

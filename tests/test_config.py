@@ -269,6 +269,33 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
     assert load(str(path), ["data.stride=3"]).data == DataConfig(shards="here", stride=3)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--train.extra_ema_decays", "0.99"), "train.extra_ema_decays = 0.99 must be a list, as in '[0.99]'"),
+        (("train.betas=0.9",), "train.betas = 0.9 must be a list, as in '[0.9]'"),
+        (("train.extra_ema_decays=null",), "train.extra_ema_decays = None must be a list, as in '[]'"),
+        (("data.mixture=here",), "data.mixture = here must be a list, as in '[{shards: ..., weight: ...}]'"),
+        (
+            ("data.mixture={shards: here}",),
+            "data.mixture = {'shards': 'here'} must be a list, as in '[{shards: ..., we",
+        ),
+    ],
+)
+def test_a_single_value_for_a_list_is_shown_as_one(words, said):
+    assert f"command line: {said}" in refusal(*words)
+
+
+def test_what_it_suggests_is_taken():
+    assert load("tiny", ["--train.extra_ema_decays", "[0.99]"]).train.extra_ema_decays == [0.99]
+
+
+def test_a_file_with_a_single_value_for_a_list(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("extends: tiny\ntrain: {betas: 0.9}\n")
+    assert f"{file}: train.betas = 0.9 must be a list, as in '[0.9]'" in refusal(source=file)
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     text = refusal(source="ardif_xl")
     assert "did you mean 'ardiff_xl'" in text

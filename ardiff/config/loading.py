@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ardiff.config import sections
 from ardiff.config.checks import impossible
 from ardiff.config.sections import Config
 from ardiff.errors import UserError
@@ -171,7 +172,8 @@ def _text_keys() -> set[str]:
 
 
 def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[str]) -> None:
-    keys = list(_all_keys())
+    annotations = _all_keys()
+    keys = list(annotations)
     if key not in keys:
         last = key.rsplit(".", 1)[-1]
         by_name = sorted((other for other in keys if other.rsplit(".", 1)[-1] == last), key=lambda key: key.count("."))
@@ -179,11 +181,22 @@ def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[
         hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; sections are {', '.join(_sections())}"
         problems.append(f"{source}: unknown setting '{key}'{hint}")
         return
+    if annotations[key].startswith("list[") and not isinstance(value, list):
+        problems.append(f"{source}: {key} = {value} must be a list, as in '{_listed(annotations[key], value)}'")
+        return
     try:
         OmegaConf.update(tree, key, value)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         problems.append(f"{source}: '{key}' cannot be {value!r} ({reason})")
+
+
+def _listed(annotation: str, value: Any) -> str:
+    """How a value would be given as the list that is meant."""
+    section = getattr(sections, annotation.removeprefix("list[").removesuffix("]"), None)
+    if section is not None:
+        return "[{" + ", ".join(f"{item.name}: ..." for item in dataclasses.fields(section)) + "}]"
+    return "[]" if value is None else f"[{value}]"
 
 
 def _sections() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ardiff.data.mixture import Mixture
-from ardiff.errors import UserError
 
 
 def describe_samples(data: Mixture, position: int, size: int) -> list[str]:
@@ -11,7 +12,8 @@ def describe_samples(data: Mixture, position: int, size: int) -> list[str]:
 
     A line reads `DATA/latents-000003.tar: 000012 frames 12-27`: shard, key of the video, first and last frame of the
     clip (and `, every 2nd` or so with data.stride). Samples that could not be read were replaced by others; those are
-    reported as bad samples. A video whose shard cannot be read any more is given by its number in the data set.
+    reported as bad samples. A video whose shard cannot be read any more is given by its number in the data set. Raises
+    nothing, whatever is wrong with the data.
     """
     stride, lines = data.plans[0].stride, []
     visits = data.visits(position, size)
@@ -19,15 +21,19 @@ def describe_samples(data: Mixture, position: int, size: int) -> list[str]:
     for video, first, count in zip(*columns, strict=True):
         frames = f"frames {first}-{first + (count - 1) * stride}" if count > 1 else f"frame {first}"
         every = f", every {_ordinal(stride)}" if stride > 1 and count > 1 else ""
-        lines.append(f"{data.place_of(video)[0]}: {_key(data, video)} {frames}{every}")
+        lines.append(f"{_named(data, video)} {frames}{every}")
     return lines
 
 
-def _key(data: Mixture, video: int) -> str:
-    try:
-        return data.key_of(video)
-    except (UserError, OSError):
-        return f"video {video}"
+def _named(data: Mixture, video: int) -> str:
+    """A video by shard and key, as far as they can be read."""
+    name = f"video {video}"
+    # A warning must not end a run, and what a damaged table or header raises cannot be foretold.
+    with suppress(Exception):
+        place = data.place_of(video)[0]
+        name = f"{place}: {name}"
+        name = f"{place}: {data.key_of(video)}"
+    return name
 
 
 def _ordinal(number: int) -> str:

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ardiff.errors import UserError
@@ -42,7 +43,9 @@ class Launch:
     def run_dir(self) -> Path:
         """Where the program was told to keep its run. Raises UserError where it was not."""
         found = None
-        for word, value in zip(self.command[1:], [*self.command[2:], None], strict=True):
+        words: list[str | None] = [*self.command[1:], None]
+        for word, value in pairwise(words):
+            assert word is not None
             name, equals, after = word.partition("=")
             if name == "--run_dir":
                 found = after if equals else value

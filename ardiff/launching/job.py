@@ -16,7 +16,9 @@ from ardiff.launching.processes import Identity
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.1  # seconds
 LOOK_EVERY = 1.0  # seconds between searches for new ranks
-LEFTOVERS = 60.0  # seconds that processes have to end after their launcher has
+LEFTOVERS = 60.0  # seconds that processes which are no ranks have to end after their launcher has
+KILL_PATIENCE = 60.0  # seconds until SIGKILL must have worked
+AT_LEAST = 2.0  # of these, whatever signals come: an ordinary kill takes a moment
 
 Tell = Callable[[str], None]
 
@@ -27,6 +29,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None  # the first signal
         self.at_once = False  # Ctrl-C a second time
+        self.heard = 0  # signals
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -41,6 +44,7 @@ class StopRequest:
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.at_once = self.at_once or (number == signal.SIGINT and self.number == signal.SIGINT)
         self.number = self.number or number
+        self.heard += 1
 
     def sleep(self, seconds: float) -> bool:
         """Wait so long or until a signal; returns whether there is one."""
@@ -54,9 +58,10 @@ class StopRequest:
 class End:
     """How a start ended."""
 
-    code: int  # of the launcher, negative: died by that signal
+    code: int  # of the launcher, negative: died, or was told to die, by that signal
     orphaned: bool  # the launcher ended before its ranks
     in_training: bool | None  # when it was asked to stop; None: it was not
+    outlived: bool = False  # processes are left that do not even hear SIGKILL
 
 
 class Job:
@@ -98,21 +103,38 @@ class Job:
                 self._pass_on(stop.number)
             if stop.at_once or now > until:
                 tell("killing all processes" + ("" if stop.at_once else f": not ended within {stop_seconds:g} s"))
-                self.kill()
+                ended = self.kill(stop, tell)
+                return End(self._code(), self._orphaned, asked, not ended)
             time.sleep(TICK)
         self._find_ranks()
         self._notice_orphans()
-        self._clear(stop, tell)
-        return End(self._launcher.returncode, self._orphaned, asked)
+        ended = self._clear(stop, stop_seconds, tell)
+        return End(self._code(), self._orphaned, asked, not ended)
 
-    def kill(self) -> None:
-        """SIGKILL for all."""
+    def kill(self, stop: StopRequest, tell: Tell) -> bool:
+        """SIGKILL for all; returns whether they have gone.
+
+        A process that waits for a disk or a driver that hangs hears nothing. It is given up after a minute, or at the
+        next signal to this process.
+        """
+        started, heard = time.monotonic(), stop.heard
         while living := processes.below(os.getpid()):
             for who in living:
                 processes.send(who, signal.SIGKILL)
             self._launcher.poll()
             processes.reap(os.getpid(), self._launcher.pid)
             time.sleep(TICK)
+            passed = time.monotonic() - started
+            if passed > KILL_PATIENCE or (stop.heard > heard and passed > AT_LEAST):
+                names = ", ".join(map(processes.describe, living))
+                tell(f"given up after {passed:.0f} s: SIGKILL does not end {names}; a disk or a driver hangs there")
+                return False
+        self._launcher.poll()
+        return True
+
+    def _code(self) -> int:
+        code = self._launcher.returncode
+        return -signal.SIGKILL if code is None else code  # None: it does not hear it
 
     def _find_ranks(self) -> None:
         living = processes.below(os.getpid())
@@ -134,18 +156,23 @@ class Job:
             for who in processes.below(os.getpid()):
                 processes.send(who, signal.SIGTERM)
 
-    def _clear(self, stop: StopRequest, tell: Tell) -> None:
-        """Ask what is left to end, then end it."""
-        until = time.monotonic() + LEFTOVERS
+    def _clear(self, stop: StopRequest, stop_seconds: float, tell: Tell) -> bool:
+        """Ask what is left to end, then end it; returns whether all have gone.
+
+        Ranks have as long as after a signal: one whose launcher was killed is perhaps writing its checkpoint.
+        """
+        started = time.monotonic()
         asked: set[Identity] = set()
         while living := processes.below(os.getpid()):
             for who in living:
                 if who not in asked | self._told:
                     asked.add(who)
                     processes.send(who, signal.SIGTERM)
-            if stop.at_once or time.monotonic() > until:
+            patience = LEFTOVERS if self._ranks.isdisjoint(living) else max(LEFTOVERS, stop_seconds)
+            if stop.at_once or time.monotonic() - started > patience:
                 tell(f"{len(living)} process(es) outlived the launcher and are killed")
-                self.kill()
+                return self.kill(stop, tell)
             processes.reap(os.getpid(), self._launcher.pid)
             time.sleep(TICK)
         processes.reap(os.getpid(), self._launcher.pid)
+        return True

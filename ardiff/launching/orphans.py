@@ -13,7 +13,7 @@ from ardiff.launching.processes import Identity, identity, is_running
 SUPERVISOR = "ARDIFF_SUPERVISOR"  # set by launch/submit.py: its process, as "id:start time"
 LOOK_EVERY = 0.25  # seconds
 NOTICE = 1.0  # seconds in which launch/submit.py sees why the ranks stop
-PATIENCE = 60.0  # seconds from SIGTERM to ourselves until the end
+PATIENCE = 600.0  # seconds after a signal for the step that is under way and a checkpoint, of 10 GB or more
 # What launchers of ours leave in the environment of a rank. Under plain python the parent is a shell, which may end.
 _LAUNCHERS = (("TORCHELASTIC_RUN_ID",), ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"))  # torchrun, deepspeed
 

@@ -26,6 +26,7 @@ class _Status:
     state: str
     parent: int
     started: int
+    name: str
 
     @property
     def is_alive(self) -> bool:
@@ -47,6 +48,12 @@ def parent(who: Identity) -> int | None:
     """The id of its parent, None once it has gone."""
     status = _status(who.process)
     return status.parent if status and status.is_alive and status.started == who.started else None
+
+
+def describe(who: Identity) -> str:
+    """A process for a message: its id, name and state (D: waits for a disk or driver, and hears no signal)."""
+    status = _status(who.process)
+    return f"{who.process} ({status.name}, state {status.state})" if status else f"{who.process}"
 
 
 def adopt_orphans() -> None:
@@ -118,5 +125,6 @@ def _status(process: int) -> _Status | None:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return _Status(process, fields[0], int(fields[1]), int(fields[19]))
+    start, _, end = text.rpartition(")")  # the name before it may hold anything
+    fields, name = end.split(), " ".join(start.partition("(")[2].split())
+    return _Status(process, fields[0], int(fields[1]), int(fields[19]), name)

@@ -31,7 +31,7 @@ def supervise(launch: Launch, max_restarts: int, stop_seconds: float, tell: Call
     run holds the run_dir.
     """
     run_dir = launch.run_dir
-    restarts = 0
+    restarts, failed = 0, cli.EXIT_FAILURE
     with StopRequest() as stop:
         while True:
             if records.in_use(run_dir):
@@ -43,8 +43,13 @@ def supervise(launch: Launch, max_restarts: int, stop_seconds: float, tell: Call
             try:
                 end = job.wait(stop, stop_seconds, exit_file.in_training, tell)
             except BaseException:
-                job.kill()
+                job.kill(stop, tell)
                 raise
+            if end.outlived:
+                tell(
+                    f"not started again beside them; when they have gone, the same command goes on (exit code {failed})"
+                )
+                return failed
             verdict = judge(end, exit_file.read(), stop.at_once)
             tell(f"{verdict.reason} (exit code {verdict.code})")
             if verdict.code in _NOT_CURED or stop.number is not None:

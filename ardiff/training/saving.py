@@ -45,7 +45,7 @@ NICENESS = 10  # of the writing thread
 GIB = 2**30
 # What a user mends; a path that is not there may be that of a network disk that another rank's folder reaches late.
 _USERS_ERRNOS = cli.USERS_ERRNOS - {errno.ENOENT}
-_Failure = tuple[bool, str] | None  # whether the user can mend it, and what it is
+_Failure = tuple[bool, str]  # whether the user can mend it, and what to tell
 
 
 class Saver:
@@ -172,13 +172,18 @@ class Saver:
         final = checkpoint.step_directory(self._run_dir, document["step"])
         try:
             self._on_main(self._writers, final, partial(checkpoint.unfinished(final).mkdir, parents=True))
-            parts = self._writers.gather(self._write_own(checkpoint.unfinished(final), contents))
+            parts = self._writers.gather(self._write_own(final, contents))
+            failures = [part["failure"] for part in parts if "failure" in part]
+            if failures:
+                if self._world.is_main:
+                    shutil.rmtree(checkpoint.unfinished(final), ignore_errors=True)
+                raise _as_error(max(failures, key=lambda failure: failure[0]), self._world.is_main)
             self._on_main(self._writers, final, partial(_finish, final, document, parts, self._config))
         except (UserError, CheckpointError) as error:  # to be raised by the main thread
             self._failure = error
             return
         except Exception as error:  # a rank that has gone, say
-            self._failure = _not_written(final, (False, str(error)), self._world.is_main)
+            self._failure = _as_error(_not_written(final, error), self._world.is_main)
             self._failure.__cause__ = error
             return
         self.written_seconds = time.perf_counter() - start
@@ -186,9 +191,9 @@ class Saver:
             waited, took = self.stalled_seconds, self.written_seconds
             log.info("checkpoint %s (training waited %.2f s, written in %.1f s)", final, waited, took)
 
-    def _write_own(self, folder: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    def _write_own(self, final: Path, contents: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         """Write this rank's files; says what they are, or what went wrong."""
-        files = {}
+        folder, files = checkpoint.unfinished(final), {}
         try:
             for name, content in contents.items():
                 save_file(content, folder / name)
@@ -196,23 +201,25 @@ class Saver:
                 sync(folder / name)
                 files[name] = _describe(folder / name)
         except Exception as error:  # all ranks must hear of it
-            is_users, reason = _reason(error)
-            return {"failure": (is_users, f"rank {self._world.rank}: {reason}")}
+            return {"failure": _not_written(final, error, f"rank {self._world.rank}: ")}
         return {"files": files}
 
     def _on_main(self, world: World, what: Path, act: Callable[[], object]) -> None:
         """Run `act` on rank 0 (collective); if it fails, every rank raises UserError or CheckpointError."""
+        cause: Exception | None = None  # where it happened
 
-        def attempt() -> _Failure:
+        def attempt() -> _Failure | None:
+            nonlocal cause
             try:
                 act()
             except Exception as error:
-                return _reason(error)
+                cause = error
+                return _not_written(what, error)
             return None
 
         failure = world.from_main(attempt)
         if failure is not None:
-            raise _not_written(what, failure, world.is_main)
+            raise _as_error(failure, world.is_main) from cause
 
 
 def _require_space(run_dir: Path, needed: int) -> None:
@@ -227,31 +234,25 @@ def _require_space(run_dir: Path, needed: int) -> None:
         )
 
 
-def _reason(error: Exception) -> tuple[bool, str]:
-    """Whether a user can mend what kept a file from being written, and what it is."""
-    if isinstance(error, _FailedError):
-        return error.is_users, str(error)
+def _not_written(what: Path, error: Exception, where: str = "") -> _Failure:
+    """Whether a user can mend what kept a checkpoint from being written, and one line that says so."""
+    if isinstance(error, UserError):
+        return True, str(error)
     number = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors, which raises an error of its own
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors, whose errors are no OSErrors
         number = int(found[1])
-    text = str(error) or type(error).__name__
-    return isinstance(error, UserError) or number in _USERS_ERRNOS, text
+    is_users = number in _USERS_ERRNOS
+    reason = where + (" ".join(str(error).split()) or type(error).__name__)
+    mend = "make room and " if number in (errno.ENOSPC, errno.EDQUOT) else "mend that and " if is_users else ""
+    text = f"{what}: the checkpoint could not be written ({reason}); earlier ones are intact, {mend}start again"
+    return is_users, text
 
 
-def _not_written(what: Path, failure: tuple[bool, str], is_main: bool) -> Exception:
-    is_users, reason = failure
-    text = f"{what}: the checkpoint could not be written ({' '.join(reason.split())}); earlier ones are intact, "
+def _as_error(failure: _Failure, is_main: bool) -> Exception:
+    is_users, text = failure
     if not is_users:
-        return CheckpointError(text + "start again")
-    return (UserError if is_main else EchoedError)(text + "make room and start again")
-
-
-class _FailedError(Exception):
-    """What failed on another rank."""
-
-    def __init__(self, is_users: bool, reason: str) -> None:
-        super().__init__(reason)
-        self.is_users = is_users
+        return CheckpointError(text)
+    return UserError(text) if is_main else EchoedError(text)
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -262,9 +263,6 @@ def _finish(final: Path, document: dict[str, Any], parts: list[dict[str, Any]], 
     """What rank 0 does when all have written: manifest, rename, `latest`, older ones away."""
     temporary = checkpoint.unfinished(final)
     try:
-        for part in parts:
-            if "error" in part:
-                raise OSError(part["error"])
         write_json(temporary / "state.json", document)
         write_text(temporary / "config.yaml", to_yaml(config))
         files = {name: described for part in parts for name, described in part["files"].items()}
@@ -276,6 +274,6 @@ def _finish(final: Path, document: dict[str, Any], parts: list[dict[str, Any]], 
         sync(final.parent)
         write_text(final.parent / "latest", final.name + "\n")
         checkpoint.prune(final, config.train.keep_checkpoints, config.train.keep_every)
-    except OSError as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _not_written(final, error) from error
+        raise

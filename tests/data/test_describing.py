@@ -12,6 +12,7 @@ from ardiff.data.mixture import Mixture
 from ardiff.data.plan import Plan
 from ardiff.data.shards import read_samples
 from ardiff.data.tar import ShardError
+from ardiff.errors import UserError
 
 LINE = re.compile(r"(.*)/(latents-\d{6}\.tar): (\d{6}) frames? (\d+)(?:-(\d+))?(?:, every (2nd))?")
 
@@ -71,3 +72,31 @@ def test_a_shard_that_cannot_be_read_is_no_obstacle(folder):
     lines = describe_samples(data, 0, 32)
     assert len(lines) == 32
     assert any(re.search(r"latents-000001.tar: video [34] frame", line) for line in lines)
+
+
+def test_nor_is_a_table_of_pictures_that_cannot_be_read(tmp_path, monkeypatch):
+    write_frames(tmp_path)
+    data = Mixture([Plan(open_shards(tmp_path, "frames"), 5, num_frames=2)], [1.0])
+    named = describe_samples(data, 0, 4)
+    assert all(re.search(r"\.tar: 00000\d frames \d-\d$", line) for line in named)
+    for path in tmp_path.iterdir():
+        if path.suffix != ".json":
+            path.unlink()
+    data = Mixture([Plan(open_shards(tmp_path, "frames"), 5, num_frames=2)], [1.0])
+    with pytest.raises((OSError, UserError)):
+        data.place_of(0)
+    lines = describe_samples(data, 0, 4)
+    assert len(lines) == 4 and all(re.fullmatch(r"video \d frames \d-\d", line) for line in lines)
+
+
+@pytest.mark.parametrize("failure", [ValueError("x"), KeyError(3), IndexError("x"), OverflowError("x")])
+@pytest.mark.parametrize("what", ["place_of", "key_of"])
+def test_whatever_damaged_data_raise(folder, monkeypatch, what, failure):
+    def fails(*_):
+        raise failure
+
+    data = mixture(folder)
+    monkeypatch.setattr(data, what, fails)
+    lines = describe_samples(data, 0, 4)
+    assert len(lines) == 4 and all(re.search(r"video \d+ frames? \d", line) for line in lines)
+    assert all((str(folder) in line) == (what == "key_of") for line in lines)

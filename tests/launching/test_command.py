@@ -31,6 +31,7 @@ def submit(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (("--rank", "2", "--", "launch/train.py", "--run_dir", "x"), "'--rank'; did you mean '--ranks'?"),
         (("--", "launch/train.py", "--config", "tiny"), "has no --run_dir"),
         (("--", "launch/train.py", "--run_dir"), "has no --run_dir"),
+        (("--", "launch/train.py"), "has no --run_dir"),
         (("--", "launch/trian.py", "--run_dir", "x"), "launch/trian.py: no such program"),
         (("--ranks", "0", "--", "launch/train.py", "--run_dir", "x"), "--ranks 0: must be at least 1"),
         (("--ranks", "two", "--", "launch/train.py", "--run_dir", "x"), "--ranks two: must be a whole number"),

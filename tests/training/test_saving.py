@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from training_helpers import TinyRun, join_world
 
+from ardiff import cli
 from ardiff.config import load
-from ardiff.errors import UserError
+from ardiff.errors import CheckpointError, UserError
 from ardiff.training import checkpoint, saving
 from ardiff.training.saving import Saver
 
@@ -132,10 +134,17 @@ def test_the_next_one_waits_for_the_one_before(tmp_path, world, gate, caplog, mo
     assert "still being written" not in caplog.text
     run.train()
     expected = run.contents()
-    threading.Timer(0.3, gate.set).start()
-    begin(saver, run)
+    wait = saver.wait
+
+    def opens_in_a_while():
+        threading.Timer(0.2, gate.set).start()
+        wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver, "wait", opens_in_a_while)  # however long it took to come here
+        begin(saver, run)
     assert checkpoint.step_directory(tmp_path, 1).is_dir()
-    assert 0.25 < saver.stalled_seconds < 30 and caplog.text.count("still being written") == 1
+    assert 0.2 <= saver.stalled_seconds < 30 and caplog.text.count("still being written") == 1
     saver.wait()
     assert same(loaded(checkpoint.newest_valid(tmp_path)).contents(), expected)
     monkeypatch.setattr(saving, "NOTICEABLE", -1.0)
@@ -174,7 +183,8 @@ def test_averages_may_be_added_and_dropped(tmp_path, world, caplog):
 
 
 def test_retention(tmp_path, world):
-    saver, run = saver_of(tmp_path, world, "train.keep_checkpoints=2", "train.keep_every=3"), TinyRun(0, 1)
+    settings = ("train.save_every=1", "train.keep_checkpoints=2", "train.keep_every=3")
+    saver, run = saver_of(tmp_path, world, *settings), TinyRun(0, 1)
     for _ in range(8):
         run.train()
         begin(saver, run)
@@ -255,7 +265,7 @@ def test_a_failure_shows_without_waiting_and_stops_the_next_begin(tmp_path, worl
         assert time.monotonic() < deadline
         time.sleep(0.01)
     run.train()
-    with pytest.raises(UserError, match=r"step_00000000.*no such device"):
+    with pytest.raises(CheckpointError, match=r"step_00000000.*no such device"):
         begin(saver, run)
     assert not saver.failed and names_in(tmp_path) == []
     saver.wait()
@@ -265,23 +275,67 @@ def test_a_folder_that_cannot_be_made(tmp_path, world):
     (tmp_path / "checkpoints").write_text("a file")
     saver, run = saver_of(tmp_path, world), TinyRun(0, 1)
     begin(saver, run)
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match=r"could not be written .*; earlier ones are intact, mend that and start again"):
         saver.wait()
 
 
-def test_close_ends_in_time_and_raises_nothing(tmp_path, world, gate, monkeypatch):
+def of_safetensors(number: int) -> Exception:
+    return SafetensorError(f'Error while serializing: I/O error: {os.strerror(number)} (os error {number}) at path "x"')
+
+
+@pytest.mark.parametrize("target", ["save_file", "write_json", "sync"])
+@pytest.mark.parametrize(
+    ("failure", "expected", "remedy"),
+    [
+        (of_safetensors(errno.ENOSPC), UserError, "make room and start again"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), UserError, "make room and start again"),
+        (OSError(errno.EROFS, "Read-only file system"), UserError, "mend that and start again"),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError, "intact, start again"),
+        (OSError(errno.ESTALE, "Stale file handle"), CheckpointError, "intact, start again"),
+        (OSError(errno.ENOENT, "No such file or directory"), CheckpointError, "intact, start again"),
+        (of_safetensors(errno.EIO), CheckpointError, "intact, start again"),
+        (SafetensorError("header too large"), CheckpointError, "intact, start again"),
+    ],
+)
+def test_only_what_a_user_mends_is_his_mistake(tmp_path, world, monkeypatch, target, failure, expected, remedy):
+    saver, run = saver_of(tmp_path, world), TinyRun(0, 1)
+
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr(saving, target, fails)
+    begin(saver, run)
+    with pytest.raises(expected) as error:
+        saver.wait()
+    assert isinstance(error.value, UserError) == (cli.as_user_error(error.value) is not None) == (expected is UserError)
+    text = str(error.value)
+    assert "step_00000000: the checkpoint could not be written (" in text and text.endswith(remedy)
+    assert str(failure) in text and "\n" not in text
+    assert names_in(tmp_path) == []
+
+
+def test_a_disk_that_does_not_tell_its_room_may_do_so_later(tmp_path, world, monkeypatch):
+    saver, run = saver_of(tmp_path, world), TinyRun(0, 1)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale")))
+    with pytest.raises(CheckpointError, match="Stale"):
+        begin(saver, run)
+
+
+def test_close_ends_in_time_tells_and_raises_nothing(tmp_path, world, gate, monkeypatch, caplog):
     monkeypatch.setattr(saving, "PATIENCE", 0.2)
     saver, run = saver_of(tmp_path, world), TinyRun(0, 1)
-    assert saver.close()
+    assert saver.close() and not caplog.text
     begin(saver, run)
     start = time.monotonic()
     assert not saver.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
+    assert caplog.text.count("not written after 0.2 s more and is given up") == 1
     gate.set()
     saver.wait()
     monkeypatch.setattr(saving, "_finish", None)
     begin(saver, run)
     assert saver.close() and saver.failed
+    assert caplog.text.count("given up") == 1
 
 
 # Two ranks: what the driver below asserts on each, with the main threads talking while the others write.
@@ -290,7 +344,7 @@ import errno, os, sys, threading, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from ardiff.config import load
-from ardiff.errors import EchoedError, UserError
+from ardiff.errors import CheckpointError, EchoedError, UserError
 from ardiff.training import checkpoint, saving
 from training_helpers import TinyRun, join_world
 
@@ -333,6 +387,29 @@ saving.save_file = write if world.is_main else nowhere
 begin()
 message = raised(saver.wait)
 assert "rank 1: [Errno 28] No space left" in message and "step_00000021" in message, message
+
+def stale(*_):
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+def failure(**changed):
+    # What a checkpoint ends with, where these functions are others.
+    before = {name: getattr(saving, name) for name in changed}
+    vars(saving).update(changed)
+    begin()
+    try:
+        saver.wait()
+    except (CheckpointError, UserError) as error:
+        assert "step_00000021: the checkpoint could not be written" in str(error) and "intact" in str(error), error
+        vars(saving).update(before)
+        return error
+    raise AssertionError("nothing was raised")
+
+saving.save_file = write
+for change in ({"save_file": write if world.is_main else stale}, {"write_json": stale}):  # another start may cure it
+    error = failure(**change)
+    assert isinstance(error, CheckpointError) and "Stale" in str(error), error
+both = failure(save_file=stale if world.is_main else nowhere)  # but not this, unless a user makes room
+assert isinstance(both, UserError) and "No space" in str(both), both
 saving.save_file = write
 usage = saving.shutil.disk_usage
 if world.is_main:
@@ -350,7 +427,8 @@ if end == "death":
     assert saver.close() and saver.failed
     try:
         saver.wait()
-    except RuntimeError as error:
+    except CheckpointError as error:
+        assert "could not be written" in str(error) and "\\n" not in str(error), error
         print("LOST", error)
 else:  # hang: a disk that never answers
     saving.PATIENCE = 0.5
