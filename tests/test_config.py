@@ -164,10 +164,8 @@ def test_names_are_refused_with_the_nearest_match(override, message):
         "model.qk_norm=maybe",
         "train.seed=null",
         "train.grad_clip=much",
-        "train.betas=0.9",
         "train.betas=[a, b]",
         "train.phases=[1]",
-        "train.phases=null",
         "data.stride=[1]",
     ],
 )
@@ -275,6 +273,7 @@ def test_yaml_is_overridden_by_the_command_line(tmp_path):
         (("--train.extra_ema_decays", "0.99"), "train.extra_ema_decays = 0.99 must be a list, as in '[0.99]'"),
         (("train.betas=0.9",), "train.betas = 0.9 must be a list, as in '[0.9]'"),
         (("train.extra_ema_decays=null",), "train.extra_ema_decays = None must be a list, as in '[]'"),
+        (("train.phases=null",), "train.phases = None must be a list, as in '[{steps: ..., lr: ..., "),
         (("data.mixture=here",), "data.mixture = here must be a list, as in '[{shards: ..., weight: ...}]'"),
         (
             ("data.mixture={shards: here}",),
@@ -287,7 +286,7 @@ def test_a_single_value_for_a_list_is_shown_as_one(words, said):
 
 
 def test_what_it_suggests_is_taken():
-    assert load("tiny", ["--train.extra_ema_decays", "[0.99]"]).train.extra_ema_decays == [0.99]
+    assert load("tiny", ["--train.extra_ema_decays", "[0.95]"]).train.extra_ema_decays == [0.95]
 
 
 def test_a_file_with_a_single_value_for_a_list(tmp_path):

@@ -31,7 +31,7 @@ def supervise(launch: Launch, max_restarts: int, stop_seconds: float, tell: Call
     run holds the run_dir.
     """
     run_dir = launch.run_dir
-    restarts, failed = 0, cli.EXIT_FAILURE
+    restarts = 0
     with StopRequest() as stop:
         while True:
             if records.in_use(run_dir):
@@ -46,10 +46,8 @@ def supervise(launch: Launch, max_restarts: int, stop_seconds: float, tell: Call
                 job.kill(stop, tell)
                 raise
             if end.outlived:
-                tell(
-                    f"not started again beside them; when they have gone, the same command goes on (exit code {failed})"
-                )
-                return failed
+                tell("not started again beside them; when they have gone, the same command goes on (exit code 1)")
+                return cli.EXIT_FAILURE
             verdict = judge(end, exit_file.read(), stop.at_once)
             tell(f"{verdict.reason} (exit code {verdict.code})")
             if verdict.code in _NOT_CURED or stop.number is not None:

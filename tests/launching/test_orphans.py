@@ -1,5 +1,6 @@
 """Processes that lose their parent."""
 
+import inspect
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ardiff.launching import processes
+from ardiff.launching import orphans, processes
 from ardiff.launching.orphans import SUPERVISOR
 from ardiff.launching.processes import Identity
 
@@ -105,3 +106,10 @@ def test_helpers_of_ranks_are_no_ranks():
         processes.send(who, 9)
     top.wait(timeout=5)
     assert not any(map(processes.is_running, living))
+
+
+def test_a_rank_has_as_long_for_its_checkpoint_as_under_submit():
+    default = inspect.signature(orphans.stop_with_launcher).parameters["patience"].default
+    command = [sys.executable, "launch/submit.py", "--help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert default == 600 and f"is killed (default {default / 60:g})" in " ".join(told.split())

@@ -191,3 +191,118 @@ def end(code: int, orphaned: bool = False, in_training: bool | None = None) -> E
 def test_judge(how, record, code):
     assert judge(how, record, at_once=False).code == code
     assert judge(how, record, at_once=True).code == 130
+
+
+# submit.py where SIGKILL does not end the ranks, as with processes that wait for a disk that hangs.
+UNKILLABLE = """
+import runpy, signal, sys
+from ardiff.launching import job, processes
+send = processes.send
+processes.send = lambda who, number: number == signal.SIGKILL or send(who, number)
+job.KILL_PATIENCE, job.AT_LEAST = float(sys.argv.pop(1)), 0.3
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what comes after the supervisor's end is not meant for it
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("hears", [False, True], ids=["in time", "at a signal"])
+def test_processes_that_cannot_be_killed_are_named_and_given_up(tmp_path, hears):
+    arguments = [str(FAKE), "--run_dir", str(tmp_path), "--plan", "train", "--stop_seconds", "100"]
+    options = ["--launcher", "python", "--stop_minutes", "0.02", "--max_restarts", "3", "--", *arguments]
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNKILLABLE, "600" if hears else "1", "launch/submit.py", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(tmp_path / "training0")
+    rank = int((tmp_path / "starts0").read_text())
+    try:
+        process.send_signal(signal.SIGTERM)
+        told = [process.stdout.readline()]
+        while "killing all processes" not in told[-1]:
+            told.append(process.stdout.readline())
+            assert told[-1], told
+        until = time.monotonic() + 60
+        while hears and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.5)
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 1
+    finally:
+        process.kill()  # in case it has not given up
+        os.kill(rank, signal.SIGKILL)  # which holds the other end of the pipe
+    output = finish(process)
+    assert f"SIGKILL does not end {rank} (python" in output and ", state S); a disk or a driver hangs" in output
+    assert "not started again beside them" in output and restarts(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["pipe", "full"])
+def test_nobody_need_listen(tmp_path, where):
+    """A reader that has gone, or a log on a full disk, changes neither the ranks' fate nor the exit code."""
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "launch/submit.py", "--launcher", "python", "--max_restarts", "1", "--", str(FAKE)]
+        process = subprocess.Popen(
+            [*command, "--run_dir", str(tmp_path), "--plan", "fail,train"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE if where == "pipe" else full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    if where == "pipe":
+        assert "1 rank(s) with python" in process.stdout.readline()
+        process.stdout.close()
+        process.stdout = None
+    wait_for(tmp_path / "restarts.jsonl")
+    (tmp_path / "training0").unlink(missing_ok=True)  # of the first start
+    wait_for(tmp_path / "training0")
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and errors == ""
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"reason": "SIGTERM", "code": 0, "step": 9}
+
+
+def test_the_exit_code_is_true_without_a_listener(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "launch/submit.py", "--launcher", "python", "--", str(FAKE), "--plan", "hang"]
+        ended = subprocess.run([*command, "--run_dir", str(tmp_path)], cwd=ROOT, stdout=full, check=False, timeout=60)
+    assert ended.returncode == 3
+
+
+# A launcher that is killed as soon as its rank trains, under a job that is told to leave other processes 0.2 s.
+ORPHANS = """
+import os, sys
+from pathlib import Path
+from ardiff.launching import job
+job.LEFTOVERS = 0.2
+launcher = (
+    "import os, subprocess, sys, time\\n"
+    "subprocess.Popen([sys.executable, *sys.argv[1:]], env={**os.environ, 'RANK': '0'})\\n"
+    "while not os.path.exists(sys.argv[3] + '/go'): time.sleep(0.02)\\n"
+    "os._exit(9)"
+)
+with job.StopRequest() as stop:
+    started = job.Job([sys.executable, "-c", launcher, *sys.argv[1:]], dict(os.environ), False)
+    end = started.wait(stop, 30.0, lambda: True, print)
+print(end)
+"""
+
+
+def test_a_rank_without_a_launcher_has_time_for_its_checkpoint(tmp_path):
+    arguments = [str(FAKE), "--run_dir", str(tmp_path), "--plan", "train", "--stop_seconds", "1.5"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "training0")
+    time.sleep(1.5)  # until the job has seen the rank
+    (tmp_path / "go").touch()
+    output = finish(process)
+    assert "End(code=9, orphaned=True, in_training=None, outlived=False)" in output, output
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"reason": "SIGTERM", "code": 0, "step": 9}

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from ardiff import cli
-from ardiff.training import hangs
+from ardiff.training import hangs, watchdog
 from ardiff.training.hangs import Answer
 from ardiff.training.watchdog import START, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1.5  # seconds
 RANK = """
-import ctypes, logging, sys, time
+import ctypes, logging, os, signal, sys, time
 from pathlib import Path
 from ardiff.training.watchdog import Watchdog
 
@@ -27,14 +27,28 @@ def stuck_in_the_collective():
 folder, rank, world, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 logging.basicConfig(level=logging.INFO)
 watchdog = Watchdog(folder, rank, world, {limit} / 60)
+watchdog.patience = {patience}
+arm, armed = watchdog._arm, []
+
+def noted():
+    arm()
+    armed.append(watchdog._allowed)
+
+watchdog._arm = noted
 with watchdog:
     for step in range(3):
         watchdog.enter("training step", step)
         time.sleep(0.05)
-    time.sleep({limit} / 4)  # until the watchdog has seen it
+    while watchdog.limit not in armed:  # until the watchdog knows that the first steps are over
+        time.sleep(0.01)
     (folder / f"ready{{rank}}").touch()
+    while not (folder / "go").exists():  # until all ranks are here
+        watchdog.beat()
+        time.sleep(0.01)
     if how == "data":
         watchdog.enter("waiting for data", 3)
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if how == "held":
         ctypes.PyDLL(None).sleep(60)
     if how == "busy":
@@ -49,19 +63,32 @@ with watchdog:
 def start(folder: Path, hows: list[str]) -> list[subprocess.Popen[str]]:
     """A rank for each of these ways, all of them beyond their first steps."""
     ranks = []
+    # Ranks that all answer may take their time; one that never does is waited for so long.
+    silent = {"stopped", "held"} & set(hows) or (folder / "logs").is_file()
+    patience = 2.0 if silent else 15.0
+    code = RANK.format(limit=LIMIT, patience=patience)
     for rank, how in enumerate(hows):
-        command = [sys.executable, "-c", RANK.format(limit=LIMIT), str(folder), str(rank), str(len(hows)), how]
+        command = [sys.executable, "-c", code, str(folder), str(rank), str(len(hows)), how]
         ranks.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     until = time.monotonic() + 60
     while not all((folder / f"ready{rank}").exists() for rank in range(len(hows))):
         assert time.monotonic() < until
         time.sleep(0.02)
+    assert not list((folder / "logs").glob("hang_*"))
+    (folder / "go").touch()
     return ranks
+
+
+def wait_until_stopped(rank: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 60
+    while Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def finish(ranks: list[subprocess.Popen[str]]) -> list[str]:
     try:
-        return [rank.communicate(timeout=30)[0] for rank in ranks]
+        return [rank.communicate(timeout=60)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -75,8 +102,7 @@ def test_a_rank_alone_leaves_its_stacks_and_a_reason(tmp_path):
     (tmp_path / "logs").mkdir()
     for old in ("hang_rank00000.txt", "hang_rank00007.txt"):
         (tmp_path / "logs" / old).write_text("of an earlier start")
-    ranks = start(tmp_path, ["stuck"])
-    assert not list((tmp_path / "logs").glob("hang_*"))
+    ranks = start(tmp_path, ["stuck"])  # which looks whether the old ones have gone
     (output,) = finish(ranks)
     assert ranks[0].returncode == cli.EXIT_HUNG == 3
     text = (tmp_path / "logs" / "hang_rank00000.txt").read_text()
@@ -100,10 +126,9 @@ def test_the_rank_that_is_elsewhere_is_named(tmp_path):
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_named_and_the_other_tells(tmp_path, stopped):
-    ranks = start(tmp_path, ["stuck", "stuck"])
-    ranks[stopped].send_signal(signal.SIGSTOP)
+    ranks = start(tmp_path, ["stopped" if rank == stopped else "stuck" for rank in range(2)])
     other = 1 - stopped
-    ranks[other].communicate(timeout=30)
+    ranks[other].communicate(timeout=60)
     assert ranks[other].returncode == 3
     ranks[stopped].kill()
     ranks[stopped].communicate()
@@ -115,7 +140,7 @@ def test_a_stopped_process_is_named_and_the_other_tells(tmp_path, stopped):
 
 def test_a_library_that_holds_the_interpreter_still_gives_stacks(tmp_path):
     ranks = start(tmp_path, ["stuck", "held"])
-    ranks[0].communicate(timeout=30)
+    ranks[0].communicate(timeout=60)
     ranks[1].kill()
     ranks[1].communicate()
     assert "rank 1 held inside a library; likely cause: rank 1;" in record(tmp_path)["reason"]
@@ -137,14 +162,50 @@ def test_progress_and_a_suspended_process_are_left_alone(tmp_path):
 
 
 def test_a_suspension_within_a_phase_is_not_counted(tmp_path):
-    (rank,) = start(tmp_path, ["stuck"])
-    rank.send_signal(signal.SIGSTOP)
+    (rank,) = start(tmp_path, ["stopped"])
+    wait_until_stopped(rank)
     time.sleep(1.5 * LIMIT)
+    resumed = time.monotonic()
     rank.send_signal(signal.SIGCONT)
-    time.sleep(0.5 * LIMIT)
-    assert rank.poll() is None and not (tmp_path / "logs" / "hang_rank00000.txt").exists()
     finish([rank])
     assert rank.returncode == 3
+    assert time.monotonic() - resumed > LIMIT / 2  # and not at once
+
+
+class Clock:
+    """Stands in for `time` and for the event that a watchdog waits on: time passes in these steps, then it is over."""
+
+    def __init__(self, steps: list[float]) -> None:
+        self.now, self.steps = 0.0, steps
+
+    def wait(self, _: float) -> bool:
+        self.now += self.steps.pop(0) if self.steps else 0.0
+        return not self.steps
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("steps", "hangs_at"),
+    [
+        ([1.0] * 61, 60.0),
+        ([1.0] * 59, None),
+        ([1.0] * 50 + [300.0] + [1.0] * 59, None),  # suspended in between: it counts anew
+        ([1.0] * 50 + [300.0] + [1.0] * 61, 410.0),
+        ([11.0] * 6, 66.0),  # slow, but running
+    ],
+)
+def test_only_seconds_that_it_sees_go_by_are_counted(tmp_path, monkeypatch, steps, hangs_at):
+    ended = []
+    dog = Watchdog(tmp_path, 0, 1, 1.0)
+    dog._allowed = dog.limit
+    clock = Clock([*steps, 0.0])
+    monkeypatch.setattr(watchdog, "time", clock)
+    monkeypatch.setattr(dog, "_ended", clock)
+    monkeypatch.setattr(dog, "_end", lambda *_: ended.append(clock.now))
+    dog._watch()
+    assert ended[:1] == ([] if hangs_at is None else [hangs_at])
 
 
 def test_a_full_disk_does_not_hide_a_hang(tmp_path):
@@ -157,20 +218,20 @@ def test_a_full_disk_does_not_hide_a_hang(tmp_path):
 
 
 def test_the_first_step_may_take_longer(tmp_path):
-    watchdog = Watchdog(tmp_path, 0, 1, 1.0)
+    dog = Watchdog(tmp_path, 0, 1, 1.0)
     allowed = []
     for step in (0, 0, 40, 40, 41, 42):  # built, resumed at step 40, one step done, two
-        watchdog.enter("training step", step)
-        allowed.append(watchdog._allowed)
+        dog.enter("training step", step)
+        allowed.append(dog._allowed)
     assert allowed == [60 + START] * 4 + [60] * 2
 
 
 def test_progress_costs_nothing_that_a_step_would_notice(tmp_path):
-    watchdog = Watchdog(tmp_path, 0, 1, 1.0)
-    started = time.perf_counter()
+    dog = Watchdog(tmp_path, 0, 1, 1.0)
+    started = time.thread_time()  # of this thread alone, however busy the machine is
     for step in range(10_000):
-        watchdog.enter("training step", step)
-    assert time.perf_counter() - started < 0.5  # 50 microseconds each, on a busy machine
+        dog.enter("training step", step)
+    assert time.thread_time() - started < 0.5  # 50 microseconds each
 
 
 @pytest.mark.parametrize(
