@@ -119,7 +119,7 @@ class Agreement:
 def leave_together(world: World, step: int, arrived: Callable[[], bool]) -> bool:
     """Whether all ranks stop here, before this step; asked by a rank that waits for its data and is to stop.
 
-    arrived: waits a moment, and tells whether the data are there. A rank that has its data is in the step already, whose
+    arrived: waits a moment and tells whether the data are there. A rank that has its data is in the step already, whose
     collectives need all ranks: then none can leave, and False is returned when the data of this one have come.
     """
     leaving, left = f"leaving/{step}", f"left/{step}"
