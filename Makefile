@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 faults: $(READY)
-	$(BIN)/python -m tests.end_to_end.faults $(FAULTS)
+	$(BIN)/python -m tests.end_to_end.faults --jobs 2 $(FAULTS)
 
 clean:
 	rm -rf "$(OUT)" .mypy_cache .ruff_cache .pytest_cache
