@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -76,7 +76,7 @@ def step_directory(run_dir: Path, step: int) -> Path:
 
 
 def unfinished(final: Path) -> Path:
-    """The name under which a checkpoint is written."""
+    """The name under which a checkpoint is written, and deleted."""
     return final.with_name(f".{final.name}.tmp")
 
 
@@ -93,8 +93,17 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     found = [path for path in _directories(newest.parent) if path.name <= newest.name]
     for old in found[:-keep]:
         if not keep_every or _step_of(old) % keep_every:
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
     remove_unfinished(newest.parent)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; if the process is killed meanwhile, no part of it is left under its name."""
+    doomed = unfinished(checkpoint)
+    with suppress(OSError):
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def set_newer_aside(checkpoint: Path, why: str) -> None:
@@ -105,8 +114,10 @@ def set_newer_aside(checkpoint: Path, why: str) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed run was writing. Nothing may be writing there."""
-    for unfinished in folder.glob(".step_*.tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for folder_left in folder.glob(".step_*.tmp"):
+        shutil.rmtree(folder_left, ignore_errors=True)
+    for file_left in folder.glob(".latest.tmp.*"):
+        file_left.unlink(missing_ok=True)
 
 
 def _step_of(checkpoint: Path) -> int:

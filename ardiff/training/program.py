@@ -17,6 +17,7 @@ import torch
 from ardiff import cli
 from ardiff.config import Config, TrainConfig, to_yaml
 from ardiff.errors import EchoedError, UserError
+from ardiff.files import remove_leftovers
 from ardiff.launching.orphans import stop_with_launcher
 from ardiff.training import distributed, run_dir
 from ardiff.training.engine import accumulation_steps, read_ds_config
@@ -103,6 +104,7 @@ def _train(
     _run_dir_is_ours = True
     stop.listen(config.train.time_limit_minutes)
     if world.is_main:
+        remove_leftovers(folder, own=True)
         run_dir.write_exit(folder, run_dir.RUNNING, None, None)  # whatever the start before left
     open_rank_log(folder, world.rank, world.size)
     with Watchdog(folder, world.rank, world.size, config.train.hang_limit) as watchdog:

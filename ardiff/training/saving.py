@@ -269,7 +269,7 @@ def _finish(final: Path, document: dict[str, Any], parts: list[dict[str, Any]], 
         files |= {name: _describe(temporary / name) for name in ("state.json", "config.yaml")}
         write_json(temporary / "MANIFEST.json", {"format": checkpoint.FORMAT_VERSION, "files": files})
         if final.exists():  # a checkpoint of the same step that did not verify
-            shutil.rmtree(final)
+            final.rename(final.with_name(f"damaged_{final.name}_{time.time_ns()}"))
         temporary.rename(final)
         sync(final.parent)
         write_text(final.parent / "latest", final.name + "\n")

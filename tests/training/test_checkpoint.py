@@ -282,3 +282,19 @@ def test_other_format_is_refused(tmp_path):
     write_json(folder / "state.json", {**value, "format": 99})
     with pytest.raises(UserError, match="format 99"):
         checkpoint.read_state(folder)
+
+
+def test_what_is_removed_is_never_half_there(tmp_path, monkeypatch):
+    """A kill while an old checkpoint is deleted leaves nothing under its name, and what it leaves goes the next time."""
+    for step in (3, 4):
+        make(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    names = []
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: names.append(Path(path).name))
+    checkpoint.prune(folder / "step_00000004", keep=1, keep_every=0)
+    assert names and all(name.startswith(".step_") for name in names)
+    assert not (folder / "step_00000003").exists()
+    monkeypatch.undo()
+    (folder / ".latest.tmp.host.17").touch()
+    checkpoint.remove_unfinished(folder)
+    assert [path.name for path in folder.iterdir()] == ["step_00000004"]
