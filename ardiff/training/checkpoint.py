@@ -254,7 +254,10 @@ def load(checkpoint: Path, state: State, flat: FlatState, ema: ShardedEMA, objec
             flat.fill(group, average, read(f"group{group}.{source}", *flat.ranges()[group]))
     dropped = [decay for decay in state.ema_decays if decay not in ema.decays]
     if dropped:
-        log.info("no longer kept: the average of decay %s", ", ".join(map(repr, dropped)))
+        log.warning(
+            "no longer kept: the average of decay %s (train.extra_ema_decays); older checkpoints still have it",
+            ", ".join(map(repr, dropped)),
+        )
     ema.num_updates = list(state.ema_updates)
     buffers = dict(objective.named_buffers())
     path = checkpoint / rank_file(0)

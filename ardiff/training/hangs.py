@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +36,24 @@ def held_file(run_dir: Path, rank: int) -> Path:
 
 
 def clear(run_dir: Path, rank: int, world_size: int) -> None:
-    """Remove what an earlier start left: each rank its own files, rank 0 those of ranks that are no more."""
+    """Set aside what an earlier start left, with the time in its name: each rank its own, rank 0 that of ranks that are
+    no more.
+    """
     folder(run_dir).mkdir(parents=True, exist_ok=True)
-    file(run_dir, rank).unlink(missing_ok=True)
+    _set_aside(file(run_dir, rank))
     if rank == 0:
         for path in [*folder(run_dir).glob("hang_rank*.txt"), *folder(run_dir).glob(".held_rank*.txt")]:
             number = path.stem.rpartition("rank")[2]
             if number.isdigit() and int(number) >= world_size:
-                path.unlink(missing_ok=True)
+                _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    try:
+        told = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.rename(path.with_name(f"{path.stem.removeprefix('.')}_{told}.txt"))
+    except FileNotFoundError:
+        return
 
 
 def read(run_dir: Path, world_size: int) -> dict[int, Answer]:

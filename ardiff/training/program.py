@@ -31,6 +31,8 @@ from ardiff.training.watchdog import Watchdog
 log = logging.getLogger("ardiff")
 BuildJob = Callable[[Config], Job]
 _run_dir_is_ours = False  # from when rank 0 has locked it
+_trainer: Trainer | None = None  # once it is built
+_PEER_GONE = ("closed by peer", "reset by peer", "Read error", "Broken pipe")  # in gloo's and NCCL's words
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
@@ -109,7 +111,8 @@ def _train(
     open_rank_log(folder, world.rank, world.size)
     with Watchdog(folder, world.rank, world.size, config.train.hang_limit) as watchdog:
         watchdog.enter("building the model", 0)
-        trainer = Trainer(job, folder, ds_settings, world, watchdog, stop)
+        global _trainer
+        _trainer = trainer = Trainer(job, folder, ds_settings, world, watchdog, stop)
         if world.is_main:
             _announce(job, trainer, folder)
         trainer.resume()  # may still refuse, so nothing of the run is written before it
@@ -174,22 +177,26 @@ def _configure_logging() -> None:
 
 def _record_failure(folder: Path, error: BaseException) -> None:
     """exit.json of a run that did not end well. The first rank to fail says why, the others follow from it."""
-    mistake = cli.as_user_error(error)
+    mistake, rank = cli.as_user_error(error), os.environ.get("RANK", "0")
     if isinstance(mistake, EchoedError) or (not _run_dir_is_ours and run_dir.in_use(folder)):
         return  # rank 0 tells it; or a live run is there, whose record is not ours to write
+    step = None if _trainer is None else _trainer.step
     if mistake is not None:
-        _record(folder, "user error: " + " ".join(str(mistake).split()), cli.EXIT_USER_ERROR, None, any_rank=True)
+        _record(folder, "user error: " + " ".join(str(mistake).split()), cli.EXIT_USER_ERROR, step, any_rank=True)
         return
     if isinstance(error, KeyboardInterrupt):
-        _record(folder, "interrupted", cli.EXIT_INTERRUPTED, None)
+        _record(folder, "interrupted", cli.EXIT_INTERRUPTED, step)
         return
-    ended = run_dir.read_exit(folder)
-    if _run_dir_is_ours and ended and ended.get("code") == cli.EXIT_HUNG:
+    ended = run_dir.read_exit(folder) if _run_dir_is_ours else None
+    told = ended is not None and ended.get("reason") != run_dir.RUNNING
+    if told and (ended["code"] in (cli.EXIT_HUNG, cli.EXIT_USER_ERROR) or rank != "0"):  # type: ignore[index]
         return  # the cause of this error
-    if ended is None or ended.get("reason") == run_dir.RUNNING or os.environ.get("RANK", "0") == "0":
-        if ended and ended.get("code") == cli.EXIT_USER_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
-            return  # another rank has told the cause already
-        _record(folder, f"{type(error).__name__}: {error}", cli.EXIT_FAILURE, None, any_rank=True)
+    reason = f"{type(error).__name__}: {error}"
+    if any(words in reason for words in _PEER_GONE):
+        if told:
+            return
+        reason = f"rank {rank} lost another rank, which has ended (killed, or out of memory?): the launcher says which"
+    _record(folder, reason, cli.EXIT_FAILURE, step, any_rank=True)
 
 
 def _record(folder: Path, reason: str, code: int, step: int | None, any_rank: bool = False) -> None:

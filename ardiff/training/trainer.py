@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +353,9 @@ class Trainer:
         predictions = probe.take(self.engine.objective) if self.world.is_main else None
         self.saver.begin(self.state(), self.flat, self.ema, self.engine.objective, predictions)
         self.saved, self._saved_at, self._agreed.save = self.step, time.monotonic(), False
+        if self.world.is_main:
+            with suppress(OSError):  # of use to people only
+                run_dir.write_exit(self.folder, run_dir.RUNNING, None, self.step)
         return True
 
     def resume(self) -> None:

@@ -183,6 +183,8 @@ def export(source: Path, out: Path, decay: float | None = None) -> Path:
 
     decay: of the average that is the main one of the export (None: as in training). Raises UserError if there is none.
     """
+    if is_export(source):
+        raise UserError(f"--run {source}: is an export already; name the run or the checkpoint that it was made from")
     checkpoint = find_checkpoint(source)
     config = load(str(checkpoint / "config.yaml"))
     main = config.train.ema_decay if decay is None else decay

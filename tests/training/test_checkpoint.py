@@ -285,7 +285,7 @@ def test_other_format_is_refused(tmp_path):
 
 
 def test_what_is_removed_is_never_half_there(tmp_path, monkeypatch):
-    """A kill while an old checkpoint is deleted leaves nothing under its name, and what it leaves goes the next time."""
+    """A kill while an old checkpoint is deleted leaves nothing under its name; what it leaves goes next time."""
     for step in (3, 4):
         make(tmp_path, step)
     folder = tmp_path / "checkpoints"
