@@ -74,7 +74,7 @@ def start(folder: Path, hows: list[str]) -> list[subprocess.Popen[str]]:
     while not all((folder / f"ready{rank}").exists() for rank in range(len(hows))):
         assert time.monotonic() < until
         time.sleep(0.02)
-    assert not list((folder / "logs").glob("hang_*"))
+    assert not list((folder / "logs").glob("hang_rank?????.txt"))
     (folder / "go").touch()
     return ranks
 
