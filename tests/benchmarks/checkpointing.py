@@ -42,6 +42,8 @@ class Measured:
             if step["step"] > every:  # the first stretch warms up
                 seconds = after["start"] - step["start"] - waited.get(step["step"], 0.0)
                 self.steps[step["writing"]].append(seconds)
+        if not self.steps[False]:  # of --quick, whose stretches are shorter than the writing
+            self.steps[False] = self.steps[True]
 
     @property
     def step(self) -> float:
