@@ -20,6 +20,10 @@ class Answer:
     since: float  # Unix time of its last progress
 
 
+# The phases of a step in their order. The first collective is in the last one, where ranks wait for those behind.
+STEP = ("waiting for data", "training step", "gradients and update")
+
+
 def folder(run_dir: Path) -> Path:
     """Where the files of all ranks lie."""
     return run_dir / "logs"
@@ -108,6 +112,9 @@ def _cause(answers: dict[int, Answer], groups: dict[tuple[str, int], list[int]],
     odd = min(groups.values(), key=len)
     if len(groups) > 1 and len(odd) < max(map(len, groups.values())):
         return f"{_ranks(odd)} (not where the others are)"
+    if len(groups) > 1 and len({step for _, step in groups}) == 1 and all(phase in STEP for phase, _ in groups):
+        behind = min(groups, key=lambda place: STEP.index(place[0]))
+        return f"{_ranks(groups[behind])} (behind the others)"
     longest = min(answers, key=lambda rank: answers[rank].since)
     return f"rank {longest} (still for longest)"
 

@@ -64,7 +64,7 @@ class Trainer:
         self.saver = Saver(folder, self.config, world)
         self.stop = stop
         self.reporter = Reporter(world, self.config)
-        self.engine.forward_timer = self.reporter.times.forward
+        self.engine.forward_timer = self._forward
         self.evaluation = Evaluation(job, self.engine, self.ema, world, watchdog, self.stop)
         self.step, self.samples = 0, 0
         self.saved = 0  # the step of the newest checkpoint
@@ -194,6 +194,13 @@ class Trainer:
             self._tell_of_skipped(batch)
         self.reporter.clock.step()
         return terms
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Around a forward pass, behind which the ranks wait for each other."""
+        with self.reporter.times.forward():
+            yield
+        self.watchdog.enter("gradients and update", self.step + 1)
 
     def _tell_of_skipped(self, batch: GlobalBatch) -> None:
         most = self.config.train.max_skipped_steps
