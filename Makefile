@@ -1,6 +1,6 @@
 # make demo  the whole system in minutes on a laptop      make demo VIDEOS=path/to/clips
 # make test  lint, types, unit and end-to-end tests
-# make faults  kills, full disks, damaged checkpoints, hangs ... in the middle of training (20 minutes)
+# make faults  slow tests; kills, full disks, damaged checkpoints, hangs in the middle of training (half an hour)
 # All set themselves up in .venv. Another Python or package source:
 #   make venv PYTHON=python3.12 PIP_ARGS="--index-url URL"
 
@@ -37,9 +37,10 @@ format: $(READY)
 
 # A file is run by one worker: those that start several processes do not oversubscribe the cores.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: $(READY)
+	$(BIN)/python -m pytest -m slow tests/end_to_end
 	$(BIN)/python -m tests.end_to_end.faults --jobs 2 $(FAULTS)
 
 clean:

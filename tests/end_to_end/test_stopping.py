@@ -97,6 +97,7 @@ def test_a_stop_is_heard_while_every_step_is_saved(tmp_path, shards):
     assert asked <= record["step"] <= asked + 20  # of a few milliseconds each
 
 
+@pytest.mark.slow
 def test_a_stop_is_heard_while_all_ranks_wait_for_data(tmp_path, shards):
     run_dir, away = tmp_path / "run", tmp_path / "away"
     away.touch()
@@ -161,6 +162,7 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path, shards):
     assert exit_record(run_dir) == {"reason": "finished", "code": 0, "step": 12}
 
 
+@pytest.mark.slow
 def test_sampling_may_take_longer_than_collectives(tmp_path, shards):
     run_dir = tmp_path / "run"
     limits = ("--train.max_steps", "6", "--train.sample_every", "5", "--train.collective_timeout_minutes", "0.1")

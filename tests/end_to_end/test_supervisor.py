@@ -51,7 +51,9 @@ def undisturbed(tmp_path_factory, shards) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "hanging"]
+)
 def test_a_lost_rank_is_started_again_and_nothing_is_lost(tmp_path, shards, undisturbed, number):
     run_dir = tmp_path / "run"
     hang = ("--train.hang_minutes", "0.1") if number == signal.SIGSTOP else ()

@@ -11,7 +11,7 @@ from data_helpers import write_latents
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import exact, exit_record, metrics, run, train
 
-pytestmark = pytest.mark.launcher
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
 
 FIGURES = ("validation_loss", "validation_loss_by_decile", "validation_loss_by_frame")
 LIMITS = ("--train.max_steps", "14", "--train.save_every", "7")
