@@ -31,11 +31,12 @@ setup(
         "fsspec[http]>=2024.6",
         "scenedetect-headless>=0.7",
         "imagehash>=4.3",
+        "nvidia-ml-py>=12.560",
     ],
     extras_require={
         "s3": ["s3fs>=2024.6"],
         "gcs": ["gcsfs>=2024.6"],
-        "cuda": ["flash-attn>=2.7.1", "xformers==0.0.35", "nvidia-ml-py>=12"],
+        "cuda": ["flash-attn>=2.7.1", "xformers==0.0.35"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -41,3 +43,17 @@ class FreezingAdamW(torch.optim.AdamW):
             return super().step(closure)
         finally:
             self.param_groups = everything
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch's compiler.
+
+    DeepSpeed compares the type of every optimizer with Muon, and a decorator in that module loads the whole compiler:
+    2 s of every start, for an optimizer that ardiff never uses.
+    """
+
+    def leave(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    with patch.object(torch, "compile", leave):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401

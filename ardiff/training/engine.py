@@ -15,7 +15,7 @@ from ardiff.config import Config
 from ardiff.data.stream import GlobalBatch
 from ardiff.errors import UserError
 from ardiff.terms import Terms
-from ardiff.training.adamw import FreezingAdamW, parameter_groups
+from ardiff.training.adamw import FreezingAdamW, import_muon_uncompiled, parameter_groups
 from ardiff.training.adversary import Adversary, DiscriminatorObjective
 from ardiff.training.checkpoint import ADVERSARY
 from ardiff.training.distributed import World
@@ -171,6 +171,7 @@ class Engine:
         from deepspeed.runtime.config import DeepSpeedConfigError
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+        import_muon_uncompiled()
         train = self.config.train
         settings: dict[str, Any] = {
             "lr": learning_rate(self.config, 1),

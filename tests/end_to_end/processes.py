@@ -47,6 +47,8 @@ def launcher(kind: str, ranks: int) -> list[str]:
     if kind == "python":
         assert ranks == 1
         return [sys.executable]
+    if kind == "ranks":
+        return [sys.executable, "-m", "tests.end_to_end.ranks", str(ranks)]
     if kind == "torchrun":
         return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     if kind == "submit":
@@ -59,8 +61,8 @@ def environment() -> dict[str, str]:
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in hidden}
     path = os.pathsep.join([str(BIN), os.environ.get("PATH", "")])
-    # Tests run side by side: threads that wait for work must not keep the cores busy.
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # Tests run side by side: threads that wait for work must not keep the cores busy, and forks have none (ranks.py).
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
     return {**kept, **quiet, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "PATH": path}
 
 
@@ -130,7 +132,7 @@ def _proc(name: str) -> Iterator[tuple[int, bytes]]:
                 yield int(folder.name), (folder / name).read_bytes()
 
 
-def train(run_dir: Path, shards: Path, *extra: str, kind: str = "torchrun", ranks: int = 2) -> list[str]:
+def train(run_dir: Path, shards: Path, *extra: str, kind: str = "ranks", ranks: int = 2) -> list[str]:
     return [
         *launcher(kind, ranks),
         *("launch/train.py", "--ds_config", "ds_configs/zero2_cpu.json", *SMALL),

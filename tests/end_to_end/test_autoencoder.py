@@ -48,7 +48,7 @@ def exact(run_dir):
     return [[line.get(key) for key in OF_THE_STEP] for line in metrics(run_dir)]
 
 
-def train_vae(run_dir, shards, *extra, kind="torchrun", ranks=2):
+def train_vae(run_dir, shards, *extra, kind="ranks", ranks=2):
     program = ["launch/train_vae.py", "--ds_config", "ds_configs/zero2_cpu.json", *SMALL]
     return [*launcher(kind, ranks), *program, "--data.shards", str(shards), "--run_dir", str(run_dir), *extra]
 

@@ -26,7 +26,7 @@ def advance(run_dir: Path, shards: Path, last: int, ranks: int, stage: str, *ext
     """Train on to that step; stage: of ds_configs."""
     batches = ("--train.global_batch_size", "8", "--train.micro_batch_size", "2")
     limits = ("--train.max_steps", str(last), "--ds_config", f"ds_configs/{stage}.json")
-    kind = "python" if ranks == 1 else "torchrun"
+    kind = "python" if ranks == 1 else "ranks"
     code, output = run(train(run_dir, shards, *batches, *limits, *extra, kind=kind, ranks=ranks))
     assert code == 0, output
     return output
