@@ -80,8 +80,9 @@ def _check_ds_settings(path: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"--ds_config {path}: fp16 is not supported, use bf16 (or neither, for fp32)")
     if settings.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":
         raise UserError(f"--ds_config {path}: data_types.grad_accum_dtype must be fp32")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
+    for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param"):
+        offload = zero.get(key)
+        if offload and not (isinstance(offload, dict) and offload.get("device") in (None, "none")):
             raise UserError(f"--ds_config {path}: zero_optimization.{key} is not supported; remove it")
     if zero.get("round_robin_gradients"):
         raise UserError(f"--ds_config {path}: remove round_robin_gradients, it reorders what checkpoints hold")
