@@ -6,14 +6,13 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
+from ardiff.signals import SIGNALS, Catcher
 from ardiff.training.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIME_LIMIT = "time limit"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
 
@@ -29,22 +28,19 @@ class StopSignal:
         self._started = time.monotonic()
         self._deadline: float | None = None
         self._received: str | None = None
-        self._previous: dict[int, object] = {}
+        self._catcher = Catcher(self._remember)
 
     def listen(self, time_limit_minutes: float = 0.0) -> None:
         """From now on signals are remembered. time_limit_minutes: since this object was made; 0: none."""
         if time_limit_minutes:
             self._deadline = self._started + 60 * time_limit_minutes
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+        self._catcher.listen()
 
     def release(self) -> None:
         """Leave signals to whoever had them before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous.clear()
+        self._catcher.release()
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _remember(self, number: int) -> None:
         self._received = self._received or signal.Signals(number).name
 
     @property
