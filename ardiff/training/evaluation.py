@@ -6,22 +6,59 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ardiff.errors import UserError
 from ardiff.monitor.writers import MetricsWriter
 from ardiff.training.distributed import World
 from ardiff.training.ema import ShardedEMA
 from ardiff.training.engine import Engine
-from ardiff.training.job import Job
+from ardiff.training.job import Job, Validate
 from ardiff.training.stop import Interrupted, StopSignal
-from ardiff.training.validation import Share, combined, measured_share
 from ardiff.training.watchdog import Watchdog
 
 log = logging.getLogger("ardiff")
 LOOK_EVERY = 1.0  # seconds between looks at what other ranks do
+
+
+class Share(NamedTuple):
+    """What one rank found, or why it could not; both None where the run was asked to stop."""
+
+    found: Any
+    problem: str | None
+
+
+def attempt(work: Callable[[], Any], what: str, step: int) -> Share:
+    """Do work whose failure ends neither the run nor leaves a rank waiting: it is told, with where it happened."""
+    try:
+        return Share(work(), None)
+    except Interrupted:
+        log.warning("no %s at step %d: the run was asked to stop", what, step)
+        return Share(None, None)
+    except Exception as error:
+        log.exception("no %s at step %d", what, step)
+        return Share(None, f"{type(error).__name__}: {error}")
+
+
+def measure(validate: Validate | None, objective: nn.Module, rank: int, world_size: int) -> Any:
+    """This rank's part of a validation."""
+    if validate is None:
+        raise UserError("no held-out data here, although rank 0 has them")
+    return validate.measure(objective, rank, world_size)
+
+
+def combine(validate: Validate, shares: list[Share], step: int) -> dict[str, Any]:
+    """The figures of all ranks' shares (rank 0); empty where a rank failed or was asked to stop."""
+    failed = [(rank, share.problem) for rank, share in enumerate(shares) if share.problem is not None]
+    if failed:
+        log.error("no validation at step %d: rank %d: %s", step, *failed[0])
+    if failed or any(share.found is None for share in shares):
+        return {}
+    return attempt(lambda: validate.combine([share.found for share in shares]), "validation", step).found or {}
 
 
 class Evaluation:
@@ -46,15 +83,12 @@ class Evaluation:
         """What the averaged weights do on held-out videos (collective); empty on all but rank 0."""
         self._watchdog.enter("validation", step)
         validate, world = self._job.validate, self._world
-
-        def measure(objective: nn.Module) -> Share:
-            return measured_share(validate, objective, world.rank, world.size)
-
-        shares = world.gather(self._averaged(measure, "validation", step))
-        if not world.is_main or None in shares:
+        work = partial(measure, validate, rank=world.rank, world_size=world.size)
+        shares = world.gather(self._averaged(work, "validation", step))
+        if not world.is_main:
             return {}
         assert validate is not None
-        return combined(validate, shares, step)
+        return combine(validate, shares, step)
 
     def preview(self, step: int, writer: MetricsWriter | None) -> None:
         """Sample videos (collective); rank 0 draws them."""
@@ -68,23 +102,22 @@ class Evaluation:
 
         self._averaged(show if self._world.is_main else lambda _: None, "sample videos", step)
 
-    def _averaged(self, work: Callable[[nn.Module], Any], what: str, step: int) -> Any:
-        """What this rank finds with the averaged weights in evaluation mode (all ranks enter); None if it failed."""
-        found = None
+    def _averaged(self, work: Callable[[nn.Module], Any], what: str, step: int) -> Share:
+        """What this rank finds with the averaged weights in evaluation mode (all ranks enter)."""
+
+        def with_weights() -> Any:
+            with torch.no_grad(), self._attentive():
+                return work(objective)
+
         with self._ema.swapped_in():
             objective = self._engine.objective.eval()
             try:
-                with torch.no_grad(), self._attentive():
-                    found = work(objective)
-            except Interrupted:
-                log.warning("no %s at step %d: the run was asked to stop", what, step)
-            except Exception:
-                log.exception("no %s at step %d", what, step)
+                share = attempt(with_weights, what, step)
             finally:
                 objective.train()
             self._meetings += 1
             self._world.meet(f"evaluated/{self._meetings}", self._while_others_work)
-        return found
+        return share
 
     @contextmanager
     def _attentive(self) -> Iterator[None]:

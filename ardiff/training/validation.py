@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -28,41 +28,9 @@ from ardiff.errors import UserError
 from ardiff.monitor.writers import VALIDATION
 from ardiff.randomness import Stream, hashed, uniforms
 from ardiff.terms import Terms, mean_terms
-from ardiff.training.job import Validate
 
 log = logging.getLogger("ardiff")
 SEED = 0x76616C6964617465  # of noise and timesteps, whatever train.seed is
-
-
-class Share(NamedTuple):
-    """What one rank measured, or why it could not."""
-
-    found: Any
-    problem: str | None
-
-
-def measured_share(validate: Validate | None, objective: nn.Module, rank: int, world_size: int) -> Share:
-    """This rank's share of a validation; a failure is a result too, so that no rank waits for one that failed."""
-    try:
-        if validate is None:
-            raise UserError("no held-out data here, although rank 0 has them")
-        return Share(validate.measure(objective, rank, world_size), None)
-    except Exception as error:  # a stop (Interrupted) passes
-        log.exception("validation failed on rank %d", rank)
-        return Share(None, f"{type(error).__name__}: {error}")
-
-
-def combined(validate: Validate, shares: list[Share], step: int) -> dict[str, Any]:
-    """The figures of all ranks' shares (rank 0); empty, and told, where a rank failed: a run goes on without them."""
-    failed = [(rank, share.problem) for rank, share in enumerate(shares) if share.problem is not None]
-    if failed:
-        log.error("no validation at step %d: rank %d: %s", step, *failed[0])
-        return {}
-    try:
-        return validate.combine([share.found for share in shares])
-    except Exception:
-        log.exception("no validation at step %d", step)
-        return {}
 
 
 def open_held_out(config: Config, trained: Mixture, open_set: Callable[[Config], Mixture]) -> Mixture | None:

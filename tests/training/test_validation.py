@@ -19,17 +19,9 @@ from ardiff.diffusion.objective import DECILES, DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import DiT
 from ardiff.randomness import Stream, normals
+from ardiff.training.evaluation import Share, attempt, combine, measure
 from ardiff.training.stop import Interrupted
-from ardiff.training.validation import (
-    SEED,
-    HeldOutClips,
-    HeldOutLoss,
-    Share,
-    combined,
-    measured_share,
-    open_held_out,
-    stratified,
-)
+from ardiff.training.validation import SEED, HeldOutClips, HeldOutLoss, open_held_out, stratified
 from launch.train import build_job
 
 FRAMES = 4
@@ -222,26 +214,36 @@ def test_a_rank_that_cannot_read_raises_and_a_bad_clip_is_replaced(folder, tmp_p
 def test_a_failing_rank_leaves_the_run_without_figures(folder, caplog):
     loss = HeldOutLoss(held_out(configured(folder)), 4)
     objective = objective_of(configured(folder))
-    shares = [measured_share(loss, objective, rank, 3) for rank in range(3)]
+
+    def share(validate, objective, rank):
+        return attempt(lambda: measure(validate, objective, rank, 3), "validation", 5)
+
+    shares = [share(loss, objective, rank) for rank in range(3)]
     assert all(share.problem is None for share in shares)
-    assert combined(loss, shares, 5).keys() == figures(configured(folder)).keys()
+    assert combine(loss, shares, 5).keys() == figures(configured(folder)).keys()
+    assert caplog.text == ""
     broken = objective_of(configured(folder))
     broken.network.forward = None  # as a rank whose device fails
-    shares[1] = measured_share(loss, broken, 1, 3)
+    shares[1] = share(loss, broken, 1)
     assert shares[1].found is None and "TypeError" in shares[1].problem
-    assert combined(loss, shares, 5) == {} and "no validation at step 5: rank 1: TypeError" in caplog.text
-    assert "no held-out data here" in measured_share(None, objective, 2, 3).problem
-    assert combined(loss, [Share({}, None)], 5) == {}  # what cannot be combined ends no run either
+    assert combine(loss, shares, 5) == {} and "no validation at step 5: rank 1: TypeError" in caplog.text
+    assert "no held-out data here" in share(None, objective, 2).problem
+    caplog.clear()
+    assert combine(loss, [Share({}, None)], 5) == {}  # what cannot be combined ends no run either
+    assert "no validation at step 5" in caplog.text and "AssertionError" in caplog.text
 
 
-def test_a_stop_is_no_failure(folder):
+def test_a_stop_is_no_failure(folder, caplog):
     def stop(*_):
         raise Interrupted
 
-    objective = objective_of(configured(folder))
+    loss, objective = HeldOutLoss(held_out(configured(folder)), 4), objective_of(configured(folder))
     objective.register_forward_pre_hook(stop)
-    with pytest.raises(Interrupted):
-        measured_share(HeldOutLoss(held_out(configured(folder)), 4), objective, 0, 1)
+    with caplog.at_level(logging.WARNING, "ardiff"):
+        share = attempt(lambda: measure(loss, objective, 0, 1), "validation", 5)
+    assert share == (None, None) and caplog.messages == ["no validation at step 5: the run was asked to stop"]
+    assert combine(loss, [Share({}, None), share], 5) == {}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 def test_a_launch_with_held_out_latents(folder):
