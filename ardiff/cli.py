@@ -10,7 +10,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
 from ardiff.config import Config, load, presets
 from ardiff.errors import EchoedError, UserError
@@ -34,7 +35,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except BrokenPipeError:  # `program | head`: whoever read us has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute(sys.stdout)
         code = EXIT_OK
     except (UserError, OSError) as error:
         mistake = as_user_error(error)
@@ -43,7 +44,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         complain(mistake)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print("interrupted", sys.stderr)
         code = EXIT_INTERRUPTED
     sys.exit(code)
 
@@ -52,16 +53,31 @@ def say(line: str) -> None:
     """Print a line of progress. Whoever read us may have gone (`program | head`), or a log's disk be full: the work
     goes on without being watched.
     """
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _print(line, sys.stdout)
 
 
 def complain(error: UserError) -> None:
-    """Print a user's mistake, with the rank where it is not the first one's; what is known to all is told once."""
+    """Print a user's mistake, with the rank where it is not the first one's; what is known to all is told once. Where
+    nobody hears it (a closed stderr, a full disk), the exit code still tells.
+    """
     if not isinstance(error, EchoedError):
-        print(f"error: {error}" if _is_main() else f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        _print(f"error: {error}" if _is_main() else f"error: rank {os.environ['RANK']}: {error}", sys.stderr)
+
+
+def _print(line: str, stream: TextIO | None) -> None:
+    if stream is None or stream.closed:  # None: it was closed before the program began, as by 2>&-
+        return
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        _mute(stream)
+
+
+def _mute(stream: TextIO | None) -> None:
+    """Send what a stream still holds nowhere: Python would write it at the end, fail again, and exit with 120."""
+    if stream is not None:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def as_user_error(error: BaseException) -> UserError | None:
