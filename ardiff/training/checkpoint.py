@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ardiff.errors import UserError
-from ardiff.files import sha256
+from ardiff.files import json_problem, sha256
 from ardiff.training.ema import MAIN, ShardedEMA, ema_name
 from ardiff.training.flat import FlatState
 
@@ -89,7 +89,7 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     """Keep the last `keep` up to `newest`, which is valid, and for good those of steps that are a multiple of
     `keep_every` (0: none). What claims to be newer is not of this run's course: it is set aside, not counted.
     """
-    set_newer_aside(newest, "damaged")
+    _set_newer_aside(newest)
     found = [path for path in _directories(newest.parent) if path.name <= newest.name]
     for old in found[:-keep]:
         if not keep_every or _step_of(old) % keep_every:
@@ -106,10 +106,10 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def set_newer_aside(checkpoint: Path, why: str) -> None:
-    """Rename what is newer than a checkpoint to `{why}_step_...`, so that the run goes on from this one."""
+def _set_newer_aside(checkpoint: Path) -> None:
+    """Rename what is newer than a checkpoint to `damaged_step_...`, so that the run goes on from this one."""
     for newer in (path for path in _directories(checkpoint.parent) if path.name > checkpoint.name):
-        newer.rename(newer.with_name(f"{why}_{newer.name}_{time.time_ns()}"))
+        newer.rename(newer.with_name(f"damaged_{newer.name}_{time.time_ns()}"))
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -137,21 +137,42 @@ def exists_in(run_dir: Path) -> bool:
 def problem_with(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be used, or None when it is complete and every file is as its manifest says."""
     try:
-        files = json.loads((checkpoint / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
-        for name in files:
-            if Path(name).name != name:
-                return f"MANIFEST.json names {name!r}, which is not a file of this folder"
-        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:  # hashing needs no interpreter
-            for problem in readers.map(lambda name: _problem_with_file(checkpoint / name, files[name]), files):
-                if problem is not None:
-                    return problem
-        world_size = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["world_size"]
-        for name in chain(("state.json", "config.yaml"), map(rank_file, range(world_size))):
-            if name not in files:
-                return f"MANIFEST.json does not list {name}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+        return _contradiction(checkpoint)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or 'a file').name} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+    except (LookupError, TypeError, AttributeError):
+        return "MANIFEST.json or state.json does not hold what it should"
+
+
+def _contradiction(checkpoint: Path) -> str | None:
+    """What in a checkpoint is not as its manifest says."""
+    files = _read_json(checkpoint / "MANIFEST.json")["files"]
+    for name in files:
+        if Path(name).name != name:
+            return f"MANIFEST.json names {name!r}, which is not a file of this folder"
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:  # hashing needs no interpreter
+        for problem in readers.map(lambda name: _problem_with_file(checkpoint / name, files[name]), files):
+            if problem is not None:
+                return problem
+    world_size = _read_json(checkpoint / "state.json")["world_size"]
+    for name in chain(("state.json", "config.yaml"), map(rank_file, range(world_size))):
+        if name not in files:
+            return f"MANIFEST.json does not list {name}"
     return None
+
+
+def _read_json(path: Path) -> Any:
+    """Raises ValueError that says what is wrong with the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}: {json_problem(error)}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path.name}: it is not JSON") from error
 
 
 def _problem_with_file(path: Path, expected: dict[str, Any]) -> str | None:
@@ -179,7 +200,7 @@ def newest_valid(run_dir: Path) -> Path | None:
 def read_state(checkpoint: Path) -> State:
     """state.json of a verified checkpoint. Raises UserError where it is not one of this format."""
     try:
-        value = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        value = _read_json(checkpoint / "state.json")
         if not isinstance(value, dict):
             raise TypeError("not a JSON object")
         if value.get("format") != FORMAT_VERSION:

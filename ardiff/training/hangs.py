@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-LISTED = 8  # ranks that a line names one by one
+LISTED = 8  # ranks that a line names one by one, collectives that a file lists
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,31 @@ def _set_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.stem.removeprefix('.')}_{told}.txt"))
     except FileNotFoundError:
         return
+
+
+def open_collectives() -> list[str]:
+    """The last collectives that this process has begun and not seen the end of, from torch's flight recorder."""
+    from torch._C import _distributed_c10d as recorders
+
+    entries: list[dict[str, Any]] = []
+    for name in (
+        "_dump_nccl_trace_json",
+        "_dump_fr_trace_json",
+    ):  # NCCL has a recorder of its own, where it is built in
+        dump = getattr(recorders, name, None)
+        entries += json.loads(dump())["entries"] if dump is not None else []
+    waiting = [entry for entry in entries if not entry["retired"] and entry["state"] != "completed"]
+    waiting.sort(key=lambda entry: entry["time_created_ns"])
+    return [
+        f"{entry['profiling_name']} number {entry['collective_seq_id']} of group '{' '.join(entry['process_group'])}', "
+        f"sizes {entry['input_sizes']}, {entry['state']} {clock(entry['time_created_ns'] / 1e9)}"
+        for entry in waiting[-LISTED:]
+    ]
+
+
+def clock(seconds: float) -> str:
+    """A Unix time as people write it, with the time zone."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def read(run_dir: Path, world_size: int) -> dict[int, Answer]:

@@ -7,7 +7,6 @@ meet in the run's folder, because nothing else can be relied on any more.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import faulthandler
 import json
 import logging
@@ -22,6 +21,7 @@ from ardiff import cli
 from ardiff.training import hangs, run_dir
 
 log = logging.getLogger("ardiff")
+RECORDER = 2.0  # seconds that torch's flight recorder has for its answer
 START = 60.0  # seconds more until the second step: imports, compilation and connections come before it
 
 
@@ -126,6 +126,10 @@ class Watchdog:
             self._write(phase, step, since)
         except OSError:  # a full disk: the others take this rank for one that does not answer
             faulthandler.dump_traceback(all_threads=True)
+        # Asking the recorder may hang itself, in the driver that all wait for.
+        asking = threading.Thread(target=self._add_collectives, name="watchdog recorder", daemon=True)
+        asking.start()
+        asking.join(RECORDER)
         started = time.monotonic()
         while time.monotonic() - started < self.patience:
             answers = hangs.read(self.run_dir, self.world_size)
@@ -137,7 +141,8 @@ class Watchdog:
             self._tell(answers, step)
         else:
             self._wait_until_told(told_before)
-        # The log outlives the next start, which clears these files. Last, because what hangs may hold the log's lock.
+        # Into the log as well: the next start sets these files aside, under names with their time. Last, because what
+        # hangs may hold the log's lock.
         with contextlib.suppress(OSError):
             log.info("%s", hangs.file(self.run_dir, self.rank).read_text(encoding="utf-8"))
 
@@ -146,13 +151,23 @@ class Watchdog:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")  # so that nobody reads half of it
         answer = {"rank": self.rank, "phase": phase, "step": step, "since": since}
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "at": f"{_clock(time.time())}"}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "at": f"{hangs.clock(time.time())}"}
         with temporary.open("w", encoding="utf-8") as file:
             file.write(json.dumps({**answer, **who}) + "\n")
-            file.write(f"rank {self.rank}: no progress in phase '{phase}' at step {step} since {_clock(since)}\n\n")
+            file.write(
+                f"rank {self.rank}: no progress in phase '{phase}' at step {step} since {hangs.clock(since)}\n\n"
+            )
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         temporary.replace(path)
+
+    def _add_collectives(self) -> None:
+        """Write what this rank is waiting for behind its stacks; a help that may fail in any way."""
+        with contextlib.suppress(Exception):
+            waiting = hangs.open_collectives()
+            with hangs.file(self.run_dir, self.rank).open("a", encoding="utf-8") as file:
+                file.write("\ncollectives that have not ended, the newest last:\n")
+                file.writelines(f"  {line}\n" for line in waiting or ["none"])
 
     def _tell(self, answers: dict[int, hangs.Answer], step: int) -> None:
         held = hangs.adopt_held(self.run_dir, self.world_size, answers)
@@ -170,7 +185,3 @@ class Watchdog:
             if told is not None and told != before and told.get("code") == cli.EXIT_HUNG:
                 return
             time.sleep(0.1)
-
-
-def _clock(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")

@@ -112,13 +112,32 @@ def test_a_manifest_that_leaves_a_file_out_is_damage(tmp_path, name):
     assert checkpoint.problem_with(folder) == f"MANIFEST.json does not list {name}"
 
 
+NOT_WHAT = "MANIFEST.json or state.json does not hold what it should"
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "null", '{"files": 3}', '{"files": {"state.json": 3}}', '{"files": {"../x": {}}}']
+    ("text", "reason"),
+    [
+        (b"", "MANIFEST.json: it is empty"),
+        (b'{"files": {"st', "MANIFEST.json: it is not JSON: cut short at line 1, column 12"),
+        (b'{"files" {}}', "MANIFEST.json: it is not JSON: damaged at line 1, column 10"),
+        (b"\xff", "MANIFEST.json: it is not JSON"),
+        (b"[" * 100_000, "MANIFEST.json: it is not JSON"),
+        (b"[]", NOT_WHAT),
+        (b"null", NOT_WHAT),
+        (b'{"files": 3}', NOT_WHAT),
+        (b'{"files": {"state.json": 3}}', NOT_WHAT),
+        (b'{"files": {"../x": {}}}', "MANIFEST.json names '../x', which is not a file of this folder"),
+        (None, "MANIFEST.json is missing"),
+    ],
 )
-def test_nonsense_for_a_manifest_is_damage(tmp_path, text):
+def test_nonsense_for_a_manifest_is_damage(tmp_path, text, reason):
     older, _ = make(tmp_path, 10)
     newer, _ = make(tmp_path, 20)
-    (newer / "MANIFEST.json").write_text(text)
+    (newer / "MANIFEST.json").unlink()
+    if text is not None:
+        (newer / "MANIFEST.json").write_bytes(text)
+    assert checkpoint.problem_with(newer) == reason
     assert checkpoint.newest_valid(tmp_path) == older
 
 
@@ -160,15 +179,6 @@ def test_retention(tmp_path, keep, keep_every, kept):
         path.mkdir(parents=True)
         checkpoint.prune(path, keep, keep_every)
     assert names_in(folder) == [f"step_{step:08d}" for step in kept]
-
-
-def test_a_roll_back_sets_newer_ones_aside(tmp_path):
-    for step in (3, 4, 5):
-        make(tmp_path, step)
-    target = checkpoint.step_directory(tmp_path, 4)
-    checkpoint.set_newer_aside(target, "rolled_back")
-    assert checkpoint.newest_valid(tmp_path) == target
-    assert [name[:25] for name in names_in(tmp_path / "checkpoints")[:1]] == ["rolled_back_step_00000005"]
 
 
 class Bomb:

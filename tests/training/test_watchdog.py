@@ -1,6 +1,7 @@
 """Hanging processes: real ones, that stop in the ways in which ranks do."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,11 @@ def noted():
     armed.append(watchdog._allowed)
 
 watchdog._arm = noted
+if how in ("waits", "apart"):
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"file://{{folder}}/store", rank=rank, world_size=world)
+    dist.all_reduce(torch.ones(5))
 with watchdog:
     for step in range(3):
         watchdog.enter("training step", step)
@@ -56,6 +62,8 @@ with watchdog:
             watchdog.beat()
             time.sleep(0.1)
         sys.exit(0)
+    if how == "waits":
+        dist.all_reduce(torch.ones(7, 3))
     stuck_in_the_collective()
 """
 
@@ -122,6 +130,14 @@ def test_the_rank_that_is_elsewhere_is_named(tmp_path):
     assert "ranks 0-1 in 'training step' at step 2, rank 2 in 'waiting for data' at step 3" in reason
     assert "likely cause: rank 2 (not where the others are)" in reason
     assert len(list((tmp_path / "logs").glob("hang_rank*.txt"))) == 3
+
+
+def test_the_collective_that_a_rank_waits_for_is_named(tmp_path):
+    finish(start(tmp_path, ["waits", "apart"]))
+    waiting, apart = ((tmp_path / "logs" / f"hang_rank0000{rank}.txt").read_text() for rank in range(2))
+    ((line,),) = (part.splitlines()[1:] for part in waiting.split("\ncollectives that have not ended")[1:])
+    assert re.fullmatch(r"  gloo:all_reduce number 2 of group '0 default_pg', sizes \[\[7, 3\]\], \w+ \d{4}-.*", line)
+    assert apart.endswith("collectives that have not ended, the newest last:\n  none\n")
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
