@@ -220,13 +220,12 @@ def _impossible_data(config: Config) -> Iterator[str]:
     data = config.data
     if data.shards and data.mixture:
         yield "data.shards and data.mixture: give one of them"
-    for source in data.mixture:
-        if not source.shards or not 0 <= source.weight < 1e9:
-            yield f"data.mixture: {{shards: {source.shards!r}, weight: {source.weight}}} needs shards and a weight >= 0"
     total = sum(source.weight for source in data.mixture)
-    for source in data.mixture:
-        if 0 < source.weight < 1e-4 * total:
-            yield f"data.mixture: the weight {source.weight} of {source.shards} is less than 1e-4 of all; leave it out"
+    for number, source in enumerate(data.mixture, 1):  # not by name: a URL may hold a password
+        if not source.shards or not 0 <= source.weight < 1e9:
+            yield f"data.mixture: data set {number} needs shards and a weight >= 0 (it has weight {source.weight})"
+        elif 0 < source.weight < 1e-4 * total:
+            yield f"data.mixture: the weight {source.weight} of data set {number} is below 1e-4 of all; leave it out"
     if data.mixture and not sum(source.weight for source in data.mixture) > 0:
         yield "data.mixture: at least one weight must be above 0"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ardiff.config.sections import Config
 from ardiff.errors import UserError
 
 PRESETS = Path(__file__).parents[1] / "presets"
+CONVERSION = re.compile(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (Integer|Float|bool)")
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def presets() -> list[str]:
@@ -184,11 +187,26 @@ def _assign(tree: DictConfig, key: str, value: Any, source: str, problems: list[
     if annotations[key].startswith("list[") and not isinstance(value, list):
         problems.append(f"{source}: {key} = {value} must be a list, as in '{_listed(annotations[key], value)}'")
         return
+    if annotations[key] in ("list[float]", "list[int]") and any(isinstance(part, list | dict) for part in value):
+        problems.append(f"{source}: {key} = {value} must be a list of numbers, without others inside")
+        return
     try:
         OmegaConf.update(tree, key, value)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        problems.append(f"{source}: '{key}' cannot be {value!r} ({reason})")
+        problems.append(f"{source}: {key} = {value}{_in_words(error, value, annotations[key])}")
+
+
+def _in_words(error: Exception, value: Any, annotation: str) -> str:
+    """Why OmegaConf does not take a value, in the words of a configuration instead of Python's."""
+    reason = str(error).splitlines()[0]
+    if found := CONVERSION.match(reason):
+        part = f": '{found[1]}' " if annotation.startswith("list[") else " "
+        return f"{part}must be {KINDS[found[2]]}"
+    if value is None:
+        return ": it needs a value"
+    if annotation.startswith("list["):
+        return f" must be like '{_listed(annotation, 'VALUE')}' ({reason})"
+    return f" is refused ({reason})"
 
 
 def _listed(annotation: str, value: Any) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ardiff.data.urls import redact
+from ardiff.data.urls import redact, split_credentials
 from ardiff.errors import UserError
 from ardiff.files import replacing
 
@@ -18,6 +19,9 @@ log = logging.getLogger("ardiff")
 Check = Callable[[Path], None]
 PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the second attempt; doubled each time
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+DENIED = re.compile(r"\b40[13]\b|unauthorized|forbidden|access ?denied|credentials", re.IGNORECASE)
+HINT = "; give a user, password or token in the URL, or the store's own variables (a run's config.yaml keeps neither)"
 
 
 class UnavailableError(Exception):
@@ -58,8 +62,9 @@ def download(url: str, address: str, target: Path, check: Check, patience: float
                 raise DiskError(os.strerror(number or 0)) from error
             reason = redact(" ".join(f"{type(error).__name__}: {error}".split()), address)
             if time.monotonic() - begin + pause > patience:
+                hint = HINT if DENIED.search(reason) and not any(split_credentials(address)[1]) else ""
                 # not from the error: a traceback would show what is hidden here
-                raise UserError(f"{url}: cannot be reached for {patience:.0f} s ({reason})") from None
+                raise UserError(f"{url}: cannot be reached for {patience:.0f} s ({reason}){hint}") from None
             # An outage must not turn good shards into bad samples: wait for its end, and say so.
             log.warning("%s: %s; trying again in %.0f s", url, reason, pause)
             time.sleep(pause)

@@ -29,7 +29,7 @@ import numpy as np
 
 from ardiff.data.tar import Member, ShardError, read_member, read_members
 from ardiff.errors import UserError
-from ardiff.files import replacing, sha256, write_json
+from ardiff.files import json_problem, replacing, sha256, write_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -324,7 +324,7 @@ def _well_formed(shard: ShardEntry) -> bool:
 def _in_words(error: Exception) -> str:
     """What is wrong with a manifest, for a reader who does not know Python."""
     if isinstance(error, json.JSONDecodeError):
-        return f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        return json_problem(error)
     if isinstance(error, KeyError):
         return f"it has no {error}"
     if isinstance(error, UnicodeDecodeError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
+from ardiff.config import Config
 from ardiff.errors import UserError
 
 # What fsspec knows beyond these, such as shells, ssh or archives within archives, is refused.
@@ -47,6 +49,14 @@ def split_credentials(url: str) -> tuple[str, Credentials]:
     secret = user if ":" in user or found["protocol"].startswith("http") else ""
     shown = f"{found['protocol']}://{user.removeprefix(secret)}{found['rest']}"
     return shown, Credentials(secret, found["query"] or "")
+
+
+def without_credentials(config: Config) -> Config:
+    """A configuration as it may be stored and shown: its data sets are named by their places alone."""
+    data = config.data
+    mixture = [replace(source, shards=split_credentials(source.shards)[0]) for source in data.mixture]
+    shards, validation = (url and split_credentials(url)[0] for url in (data.shards, data.validation))
+    return replace(config, data=replace(data, shards=shards, validation=validation, mixture=mixture))
 
 
 def redact(text: str, address: str = "") -> str:

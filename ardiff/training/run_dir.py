@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ardiff.config import Config, differences, load, to_yaml
+from ardiff.data.urls import without_credentials
 from ardiff.errors import UserError
 from ardiff.files import write_json, write_text
 from ardiff.training.checkpoint import ADVERSARY, State
@@ -64,7 +65,7 @@ def check(run_dir: Path, config: Config, name: str, fixed: tuple[str, ...], resu
     if trains not in (None, name):
         raise UserError(f"--run_dir {run_dir}: holds a run of the {trains}, not of the {name}; choose another folder")
     old = load(str(run_dir / "config.yaml"))
-    every = differences(old, config)
+    every = differences(without_credentials(old), without_credentials(config))
     changed = [line for line in every if line.startswith(fixed)]
     if changed:
         raise UserError(
@@ -72,7 +73,7 @@ def check(run_dir: Path, config: Config, name: str, fixed: tuple[str, ...], resu
             "choose another --run_dir or give the settings of its config.yaml"
         )
     if every:
-        log.warning("settings changed since the run began: %s", "; ".join(every))
+        log.warning("settings changed since the last start: %s", "; ".join(every))
 
 
 def check_state(state: State, now: State, checkpoint: Path) -> None:
@@ -122,8 +123,8 @@ def _without_path(state: State) -> dict[str, Any]:
 
 
 def describe(run_dir: Path, config: Config, name: str, ds_config: dict[str, Any], world_size: int) -> None:
-    """Write config.yaml, ds_config.json and environment.json."""
-    write_text(run_dir / "config.yaml", to_yaml(config))
+    """Write config.yaml (without credentials), ds_config.json and environment.json."""
+    write_text(run_dir / "config.yaml", to_yaml(without_credentials(config)))
     write_json(run_dir / "ds_config.json", ds_config)
     write_json(run_dir / "environment.json", {"trains": name, **environment(world_size)})
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ardiff import cli
 from ardiff.config import Config, to_yaml
+from ardiff.data.urls import without_credentials
 from ardiff.errors import CheckpointError, EchoedError, UserError
 from ardiff.files import sha256, sync, write_json, write_text
 from ardiff.training import checkpoint
@@ -264,7 +265,7 @@ def _finish(final: Path, document: dict[str, Any], parts: list[dict[str, Any]], 
     temporary = checkpoint.unfinished(final)
     try:
         write_json(temporary / "state.json", document)
-        write_text(temporary / "config.yaml", to_yaml(config))
+        write_text(temporary / "config.yaml", to_yaml(without_credentials(config)))
         files = {name: described for part in parts for name, described in part["files"].items()}
         files |= {name: _describe(temporary / name) for name in ("state.json", "config.yaml")}
         write_json(temporary / "MANIFEST.json", {"format": checkpoint.FORMAT_VERSION, "files": files})

@@ -217,7 +217,7 @@ def test_a_shard_that_is_named_twice_is_refused(folders):
         (["data.shards=x", "--data.mixture", "[{shards: y}]"], "data.shards and data.mixture: give one"),
         (["--data.mixture", "[{shards: y, weight: -1}]"], "weight >= 0"),
         (["--data.mixture", "[{weight: 1}]"], "needs shards"),
-        (["--data.mixture", "[{shards: y}, {shards: z, weight: 1e-6}]"], "less than 1e-4 of all"),
+        (["--data.mixture", "[{shards: y}, {shards: z, weight: 1e-6}]"], "of data set 2 is below 1e-4 of all"),
         (["--data.mixture", "[{shards: y, weight: 0}]"], "at least one weight"),
     ],
 )

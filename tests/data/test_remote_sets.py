@@ -218,12 +218,15 @@ def test_refused_credentials_are_not_shown(server, folder, tmp_path, caplog, mon
     server.secret = PASSWORD + "no longer"
     monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(403, self.path))
     cache = ShardCache(tmp_path / "cache", GB)
-    monkeypatch.setattr(cache, "_download", functools.partial(cache._download, patience=0.02))
+    monkeypatch.setattr(cache, "_download", functools.partial(cache._download, patience=0.3))
     with pytest.raises(UserError, match=r"cannot be reached for 0 s \(ClientResponseError: 403") as caught:
         cache.manifest(form.format(server.place))
     assert "trying again" in caplog.text
     assert "hush" not in str(caught.value) + caplog.text
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert "in the URL" not in str(caught.value)
+    with pytest.raises(UserError, match=r"give a user, password or token in the URL.* config.yaml keeps neither"):
+        cache.manifest(f"http://{server.place}/other")
 
 
 def test_ipv6_addresses(folder, tmp_path):

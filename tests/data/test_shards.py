@@ -414,7 +414,9 @@ def test_checksums_of_members_larger_than_a_chunk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b"{", "it is not JSON: Expecting property name enclosed in double quotes at line 1, column 2"),
+        (b"", "it is empty"),
+        (b'{"format": 2,\n "shards": [{"fi', "it is not JSON: cut short at line 2, column 14"),
+        (b'{"format": 2,\n "shar\x00s": []}', "it is not JSON: damaged at line 2, column 7"),
         (b"[]", "it is not an object with a list of shards"),
         (b'{"format": 2}', "it has no 'shards'"),
         (b'{"format": 2, "shards": [{"x": 1}]}', "it is not an object with a list of shards"),

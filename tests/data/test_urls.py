@@ -1,6 +1,7 @@
 import pytest
 
-from ardiff.data.urls import is_remote, redact, split_credentials
+from ardiff.config import differences, load, to_yaml
+from ardiff.data.urls import is_remote, redact, split_credentials, without_credentials
 from ardiff.errors import UserError
 
 
@@ -47,3 +48,26 @@ def test_what_libraries_say_is_shown_without_credentials():
     assert redact(said) == "403, url='https://host/x' (see https://host/help)"
     said = "not for me:hush, nor for hush, at /x?sig&se=1"
     assert redact(said, "https://me:hush@host/x?sig&se=1") == "not for me:, nor for , at /x"
+
+
+@pytest.mark.parametrize(
+    "data_set",
+    [
+        ["data.shards=https://me:hush@host/x?token=hush"],
+        ["data.shards=/local", "data.validation=s3://key:hush@bucket/x"],
+        ["data.mixture=[{shards: 'https://hush@host/x', weight: 2}, {shards: /local}]"],
+    ],
+)
+def test_what_is_stored_of_a_configuration_has_no_credentials(data_set):
+    config = load("tiny", data_set)
+    stored = without_credentials(config)
+    assert "hush" in to_yaml(config) and "hush" not in to_yaml(stored)
+    assert stored == without_credentials(stored)
+    changed = [line.partition(":")[0] for line in differences(config, stored)]
+    assert changed == [data_set[-1].partition("=")[0]]
+
+
+def test_a_configuration_without_urls_is_stored_as_it_is():
+    config = load("tiny", ["data.shards=/data/a@b?/x-{0..3}.tar"])
+    assert without_credentials(config) == config
+    assert without_credentials(load("tiny")) == load("tiny")  # which names none
