@@ -24,6 +24,7 @@ from ardiff.data.mixture import Mixture, open_data
 from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import build_dit
+from ardiff.monitor.heatmaps import schedule_heat_maps
 from ardiff.monitor.throughput import dit_flops
 from ardiff.sampling.decoder import Decoder
 from ardiff.sampling.generate import default_request, generate
@@ -62,6 +63,7 @@ def build_job(config: Config) -> Job:
         latent_space=space,
         preview=preview,
         validate=validate,
+        pictures=lambda: schedule_heat_maps(config),
         notes=[note, f"validation: {measured}"],
     )
 

@@ -36,7 +36,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
 
     root: where /proc and /sys are found.
     """
-    own, machine = _fields(root / "proc/self/status"), _fields(root / "proc/meminfo")
+    own, machine = fields(root / "proc/self/status"), fields(root / "proc/meminfo")
     if "RssAnon" not in own or "MemAvailable" not in machine:
         return None
     limits = [(machine["MemTotal"] * 1024, machine["MemAvailable"] * 1024), *_group_limits(root)]
@@ -125,7 +125,7 @@ class MemoryWatch:
         )
 
 
-def _fields(path: Path) -> dict[str, int]:
+def fields(path: Path) -> dict[str, int]:
     """The lines `Name:  123 kB` of a file in /proc; none where it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

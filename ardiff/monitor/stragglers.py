@@ -15,10 +15,10 @@ from statistics import median_low
 
 import torch
 
+from ardiff.monitor.lasting import Lasting
+
 RATIO = 1.25  # to the median, from which a rank is a straggler
 LEAST_MS = 1.0  # above the median; less is jitter
-REPORTS = 3  # in a row, for it to be said
-SECONDS = 30.0  # that they span at least: of short steps, what lasts less is the scheduler's doing
 
 
 class StepTimes:
@@ -111,29 +111,20 @@ def slowest(rows: Sequence[dict[str, float]], hosts: Sequence[str]) -> Straggler
 
 
 class StragglerWatch:
-    """Says when the same rank has been a straggler in three reports in a row and for half a minute, and again after
-    six, twelve, ...
+    """Says when the same rank has been a straggler in report after report.
 
     now: where the time (in seconds) comes from.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
         self._rank: int | None = None
-        self._since = 0.0
-        self._in_a_row = 0
-        self._say_at = REPORTS
+        self._lasting = Lasting(now)
 
     def see(self, found: Straggler | None) -> str | None:
         """Take in what `slowest` found at a report; returns a line of warning, if one is due."""
         late = found is not None and found.ratio > RATIO and found.own_ms - found.median_ms > LEAST_MS
-        if found is None or not late:
-            self._rank = None
-            return None
-        if found.rank != self._rank:
-            self._rank, self._since, self._in_a_row, self._say_at = found.rank, self._now(), 0, REPORTS
-        self._in_a_row += 1
-        if self._in_a_row < self._say_at or self._now() - self._since < SECONDS:
-            return None
-        self._say_at = 2 * self._in_a_row
-        return found.describe()
+        rank = found.rank if found is not None and late else None
+        if rank != self._rank:
+            self._rank = rank
+            self._lasting.see(False)
+        return found.describe() if self._lasting.see(late) and found is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -9,22 +10,34 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from ardiff import cli
 from ardiff.errors import UserError
-from ardiff.files import write_text
+from ardiff.files import remove_leftovers, write_text
+from ardiff.monitor.dashboard import VALIDATION, Dashboard, scalars
 from ardiff.video import gif_bytes
 
 METRICS = "metrics.jsonl"
-VALIDATION = "validation_"  # what names of figures on held-out data begin with
+RECENT = 200  # reports, among which every figure of a run is
+RANKS = Path("logs") / "ranks.jsonl"
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a report says besides its metrics."""
+
+    ranks: dict[str, Any] = field(default_factory=dict)  # a line of logs/ranks.jsonl
+    charts: dict[str, float] = field(default_factory=dict)  # of TensorBoard only: tag -> value
+    extremes: str | None = None  # a table, for TensorBoard's text
 
 
 class MetricsWriter:
-    """Appends to run_dir/metrics.jsonl and run_dir/tensorboard, from `first_step` on.
+    """Appends to run_dir/metrics.jsonl, logs/ranks.jsonl and tensorboard, from `first_step` on.
 
     Lines of later steps, and half a line, that an interrupted run left behind are cut off first, so that the file
     equals an uninterrupted run's.
@@ -35,34 +48,32 @@ class MetricsWriter:
 
         _quieten_tensorboard()
         self.max_steps = max_steps
-        path = run_dir / METRICS
-        write_text(path, "".join(lines_before(path, first_step)))
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines, self._ranks = (_open_after(run_dir / name, first_step) for name in (METRICS, RANKS))
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self._dashboard = Dashboard(self._board)
+        for line in (run_dir / METRICS).read_text(encoding="utf-8").splitlines()[-RECENT:]:  # before the run went on
+            self._dashboard.see(tag for tag, _ in scalars(json.loads(line)))
         self._started = time.perf_counter()
         self._first_step = first_step
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """One report: a JSON line (floats read back bit-exactly), TensorBoard scalars, a line for people."""
+    def write(self, metrics: dict[str, Any], details: Details | None = None) -> None:
+        """One report: JSON lines (floats read back bit-exactly), TensorBoard scalars, a line for people."""
+        details = details or Details()
         with self._told():
-            self._lines.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
-            self._lines.flush()
-            self._chart(metrics)
+            for file, line in ((self._lines, metrics), (self._ranks, details.ranks)):
+                if line:
+                    file.write(json.dumps(_plain(line)) + "\n")
+                    file.flush()
+            self._chart(metrics, details.charts)
+            if details.extremes is not None:
+                self._board.add_text("nodes/extremes", details.extremes, metrics["step"])
         cli.say(self._summary(metrics))
 
-    def _chart(self, metrics: dict[str, Any]) -> None:
-        step = metrics["step"]
-        for key, value in metrics.items():
-            chart = f"validation/{key.removeprefix(VALIDATION)}" if key.startswith(VALIDATION) else key
-            if isinstance(value, list):
-                for i, part in enumerate(value):
-                    if part is not None:
-                        self._board.add_scalar(f"{chart}/{i:02d}", part, step)
-            elif isinstance(value, dict):
-                for name, part in value.items():
-                    self._board.add_scalar(f"{chart}/{name}", part, step)
-            elif key != "step" and value is not None:
-                self._board.add_scalar(chart if chart != key else f"train/{key}", value, step)
+    def _chart(self, metrics: dict[str, Any], others: dict[str, float]) -> None:
+        drawn = [*scalars(metrics), *others.items()]
+        for tag, value in drawn:
+            self._board.add_scalar(tag, value, metrics["step"])
+        self._dashboard.see(tag for tag, _ in drawn)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -74,6 +85,10 @@ class MetricsWriter:
                 f"{self._lines.name}: cannot be written ({error.strerror or error}); make room and start again, "
                 "the run goes on from its newest checkpoint"
             ) from error
+
+    def add_picture(self, tag: str, picture: np.ndarray, step: int) -> None:
+        """Show uint8 [H, W, 3] under TensorBoard's images."""
+        self._board.add_image(tag, picture, step, dataformats="HWC")
 
     def add_video(self, tag: str, frames: np.ndarray, step: int, fps: float) -> None:
         """Show uint8 frames [F, H, W, 3] as a moving picture under TensorBoard's images."""
@@ -93,7 +108,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flush and close; what cannot be written any more has been told before."""
-        for file in (self._lines, self._board):
+        for file in (self._lines, self._ranks, self._board):
             with suppress(OSError):
                 file.close()
 
@@ -114,8 +129,16 @@ class MetricsWriter:
         )
 
 
+def _open_after(path: Path, step: int) -> TextIO:
+    """A file of JSON lines, open to append those from `step` on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    write_text(path, "".join(lines_before(path, step)))
+    return path.open("a", encoding="utf-8")
+
+
 def lines_before(path: Path, step: int) -> list[str]:
-    """The complete lines of a metrics.jsonl that belong to steps before `step`."""
+    """The complete lines of a metrics.jsonl or ranks.jsonl that belong to steps before `step`."""
     if not path.is_file():
         return []
     kept = []
@@ -129,6 +152,7 @@ def lines_before(path: Path, step: int) -> list[str]:
     return kept
 
 
+@functools.cache  # once is enough
 def _quieten_tensorboard() -> None:
     """Its thread dies of a full disk with a traceback; the error comes up again, and is told, at the next report."""
     before = threading.excepthook

@@ -17,7 +17,13 @@ GIVEN, MARGIN = (120, 190, 130), 46
 
 
 def schedule_picture(path: Path, rows: Rows, window: SlidingWindow | None = None) -> None:
-    """Write a PNG of the levels [rows + 1, F] of a schedule; given frames green, what a window hides grey."""
+    """Write a PNG of the levels of a schedule, see `schedule_image`."""
+    with replacing(path) as temporary:
+        schedule_image(rows, window).save(temporary, format="PNG")
+
+
+def schedule_image(rows: Rows, window: SlidingWindow | None = None) -> Image.Image:
+    """The levels [rows + 1, F] of a schedule; given frames green, what a window hides grey."""
     num_rows, num_frames = rows.num_rows, rows.num_frames
     assert num_rows is not None and num_frames is not None
     shown_rows = np.unique(np.linspace(0, num_rows, min(num_rows + 1, MOST_CELLS)).round().astype(int))
@@ -40,8 +46,7 @@ def schedule_picture(path: Path, rows: Rows, window: SlidingWindow | None = None
     canvas[MARGIN:-MARGIN, MARGIN:-MARGIN] = picture
     image = Image.fromarray(canvas)
     _write_text(image, rows, window)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
+    return image
 
 
 def _write_text(image: Image.Image, rows: Rows, window: SlidingWindow | None) -> None:

@@ -62,6 +62,7 @@ class Job:
     build_discriminator: Callable[[], nn.Module] | None = None  # for stages that have one
     enter: Callable[[nn.Module, Phase], None] | None = None  # prepares the objective for a phase
     initialise: Callable[[nn.Module], None] | None = None  # gives a new run's network weights to start from
+    pictures: Callable[[], dict[str, np.ndarray]] | None = None  # tag -> uint8 [H, W, 3], shown once, at the beginning
     notes: list[str] = field(default_factory=list)  # for the log, once
 
     @property

@@ -14,7 +14,7 @@ import torch
 from ardiff.data.describing import describe_samples
 from ardiff.data.stream import BatchStream, GlobalBatch
 from ardiff.errors import UserError
-from ardiff.monitor.writers import MetricsWriter
+from ardiff.monitor.writers import Details, MetricsWriter
 from ardiff.terms import Terms, mean_terms
 from ardiff.training import checkpoint, probe, run_dir
 from ardiff.training.bad_samples import BadSamples
@@ -124,7 +124,8 @@ class Trainer:
             self.saver.check_space(self.flat, self.ema, self.engine.objective)
         self._open()
         try:
-            yield
+            with self.reporter.sampling():
+                yield
         finally:
             self._close()
             self.saver.close()
@@ -133,6 +134,9 @@ class Trainer:
         self._stream = self._open_stream()
         if self.world.is_main:
             self._writer = MetricsWriter(self.folder, self.step + 1, self.config.max_steps)
+            if self.step == 0 and self.job.pictures is not None:
+                for tag, picture in self.job.pictures().items():
+                    self._writer.add_picture(tag, picture, 0)
         self.reporter.clock.reset()
 
     def _close(self) -> None:
@@ -302,7 +306,7 @@ class Trainer:
         norms: dict[str, Any] = {}
         if train.grad_norms_every and self.step % train.grad_norms_every == 0:
             norms = {"grad_norm_of": self.engine.layer_norms()}
-        speeds = self.reporter.report(feed, self.step)
+        speeds, details = self.reporter.report(feed, self.step)
         self._write(
             {
                 "step": self.step,
@@ -316,10 +320,11 @@ class Trainer:
                 **means,
                 **norms,
                 **validation,
-            }
+            },
+            details,
         )
 
-    def _write(self, metrics: dict[str, Any] | None) -> None:
+    def _write(self, metrics: dict[str, Any] | None, details: Details | None = None) -> None:
         """On rank 0, a report, or (None) have all of them on the disk. What fails is told to all ranks by `agree`."""
         if self._writer is None:
             return
@@ -327,7 +332,7 @@ class Trainer:
             if metrics is None:
                 self._writer.flush()
             else:
-                self._writer.write(metrics)
+                self._writer.write(metrics, details)
         except UserError as error:
             self._mistake = self._mistake or error
 

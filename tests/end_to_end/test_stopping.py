@@ -44,12 +44,12 @@ NO_ROOM = """
 import errno, pathlib
 from ardiff.monitor.writers import MetricsWriter
 original = MetricsWriter._chart
-def chart(self, metrics):
+def chart(self, metrics, others):
     file = pathlib.Path({file!r})
     if metrics["step"] == 20 and file.exists():
         file.unlink()
         raise OSError(errno.ENOSPC, "No space left on device")
-    return original(self, metrics)
+    return original(self, metrics, others)
 MetricsWriter._chart = chart
 """
 

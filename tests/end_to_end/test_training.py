@@ -1,5 +1,6 @@
 """Training as a user runs it: launchers, world sizes, kills, signals, mistakes."""
 
+import json
 import shutil
 import signal
 import sys
@@ -77,6 +78,9 @@ def test_killed_run_continues_bit_for_bit(tmp_path, shards, undisturbed):
     assert code == 0, output
     assert "resumed from" in output and "finished at step 50" in output
     assert exact(run_dir) == exact(undisturbed)
+    ranks = [json.loads(line) for line in (run_dir / "logs" / "ranks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in ranks] == list(range(1, STEPS + 1))  # cut to the checkpoint like the metrics
+    assert {len(line["forward_ms"]) for line in ranks} == {2}
 
     # The same checkpoint also continues on another number of ranks, equal to rounding.
     code, output = run(train(elastic, shards, "--train.max_steps", str(STEPS), kind="python", ranks=1))

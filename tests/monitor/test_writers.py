@@ -2,14 +2,16 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
 from ardiff.errors import UserError
-from ardiff.monitor.writers import MetricsWriter, lines_before
+from ardiff.monitor.writers import Details, MetricsWriter, _quieten_tensorboard, lines_before
 
 
 def report(step: int, **extra) -> dict:
@@ -46,6 +48,55 @@ def test_resume_cuts_later_lines_and_half_lines(tmp_path):
     write(tmp_path, 4, 5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_the_ranks_lines_are_cut_with_the_metrics(tmp_path):
+    for first, last in ((1, 6), (4, 5)):
+        writer = MetricsWriter(tmp_path, first, 10)
+        for step in range(first, last + 1):
+            writer.write(report(step), Details({"step": step, "forward_ms": [float(first), 0.5]}))
+        writer.close()
+        with (tmp_path / "logs" / "ranks.jsonl").open("a") as file:
+            file.write('{"step": 7, "forw')
+    lines = lines_before(tmp_path / "logs" / "ranks.jsonl", 99)
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [json.loads(line)["forward_ms"][0] for line in lines] == [1.0, 1.0, 1.0, 4.0, 4.0]
+    assert "forward_ms" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_charts_and_extremes_of_the_nodes(tmp_path):
+    writer = MetricsWriter(tmp_path, 1, 10)
+    nodes = {"n1": {"cpu": 5.0, "gpu": {"power_w": [1.0, 2.0, 3.0]}}}
+    writer.write(report(1, nodes=nodes), Details(charts={"gpu/power_w/n1.0": 300.0}, extremes="| a | b |"))
+    writer.add_picture("schedule/a", np.full((4, 6, 3), 99, np.uint8), 0)
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["nodes"] == nodes
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = board.Tags()
+    assert board.Scalars("gpu/power_w/n1.0")[0].value == 300.0
+    assert not [tag for tag in tags["scalars"] if "nodes" in tag]
+    assert "nodes/extremes/text_summary" in tags["tensors"]
+    assert (board.Images("schedule/a")[0].height, board.Images("schedule/a")[0].width) == (4, 6)
+
+
+def test_errors_of_tensorboards_thread_are_hidden_once(tmp_path):
+    before = threading.excepthook
+    for _ in range(3):
+        MetricsWriter(tmp_path, 1, 10).close()
+        hook = threading.excepthook
+    MetricsWriter(tmp_path, 1, 10).close()
+    assert threading.excepthook is hook  # rollbacks open many writers
+    seen = []
+    _quieten_tensorboard.cache_clear()
+    threading.excepthook = lambda found: seen.append(found.exc_type)
+    try:
+        _quieten_tensorboard()
+        for kind, thread in ((OSError, _AsyncWriterThread), (ValueError, _AsyncWriterThread), (OSError, object)):
+            threading.excepthook(threading.ExceptHookArgs((kind, kind(), None, thread.__new__(thread))))
+        assert seen == [ValueError, OSError]
+    finally:
+        threading.excepthook = before
+        _quieten_tensorboard.cache_clear()
 
 
 def test_lines_before_stops_at_damage(tmp_path):
