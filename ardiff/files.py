@@ -48,6 +48,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
+def json_problem(error: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON file that a program wrote, for a reader who does not know Python."""
+    if not error.doc.strip():
+        return "it is empty"
+    ended = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    return f"it is not JSON: {'cut short' if ended else 'damaged'} at line {error.lineno}, column {error.colno}"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 import time
 import warnings
 from collections.abc import Callable
@@ -19,15 +18,14 @@ import torch
 import torch.distributed as dist
 
 from ardiff.errors import EchoedError, UserError
+from ardiff.launching import slurm_step
+from ardiff.ports import free_port
 
 log = logging.getLogger("ardiff")
 T = TypeVar("T")
 
-# What other launchers call RANK, WORLD_SIZE and LOCAL_RANK.
-_FOREIGN = (
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-)
+# What mpirun calls RANK, WORLD_SIZE and LOCAL_RANK.
+_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 
 
 @dataclass
@@ -122,21 +120,20 @@ class World:
 def launcher_environment() -> None:
     """Fill RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from whatever started this process."""
     if "RANK" not in os.environ:
-        for names in _FOREIGN:
-            if not all(name in os.environ for name in names):
-                continue
+        if all(name in os.environ for name in _MPI):
             if "MASTER_ADDR" in os.environ:
-                for own, foreign in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), names, strict=True):
+                for own, foreign in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), _MPI, strict=True):
                     os.environ[own] = os.environ[foreign]
                 os.environ.setdefault("MASTER_PORT", "29500")
                 return
-            if int(os.environ[names[1]]) > 1:
-                raise UserError(f"{names[1]} = {os.environ[names[1]]} tasks, but MASTER_ADDR is not set: export it")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+            if int(os.environ[_MPI[1]]) > 1:
+                raise UserError(f"{_MPI[1]} = {os.environ[_MPI[1]]} tasks, but MASTER_ADDR is not set: export it")
+        elif task := slurm_step.rank_variables(os.environ):
+            os.environ.update(task)
+            return
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = str(free_port())
+        os.environ.update(alone)
         return
     needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
@@ -165,23 +162,19 @@ def start(num_threads: int, timeout_minutes: float) -> World:
         # Otherwise a C++ extension that training never uses is compiled: minutes, and a crash without a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or _slurm_local_size())
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     torch.set_num_threads(num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     device = torch.device("cpu")
     if not on_cpu:
         num_gpus = torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise UserError(f"local rank {local_rank}, but there are {num_gpus} GPUs: start fewer ranks")
+            remedy = "start fewer ranks, or let each see all GPUs of its node (srun without --gpus-per-task)"
+            raise UserError(f"local rank {local_rank}, but there are {num_gpus} GPUs: {remedy}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device, control)
-
-
-def _slurm_local_size() -> int:
-    """Tasks on this node under srun, 1 elsewhere; "4(x2)" means 4 on each of 2 nodes."""
-    return int(os.environ.get("SLURM_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0])
 
 
 def finish() -> None:

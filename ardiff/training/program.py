@@ -36,6 +36,11 @@ _PEER_GONE = ("closed by peer", "reset by peer", "Read error", "Broken pipe")  #
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
+def default_ds_config() -> Path:
+    """The ds_config of a run that names none."""
+    return DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
+
+
 def arguments(description: str, example: str, default_config: str) -> argparse.ArgumentParser:
     """The command line of a training program."""
     parser = cli.parser(description, example, default_config)
@@ -130,8 +135,7 @@ def _prepare(
     """Everything that can be refused before processes connect."""
     options, config = cli.parse_with_config(parser)
     run_dir.check(options.run_dir, config, name, fixed, options.resume)
-    default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
-    ds_settings = read_ds_config(options.ds_config or default)
+    ds_settings = read_ds_config(options.ds_config or default_ds_config())
     world_size = int(os.environ["WORLD_SIZE"])
     accumulation_steps(config, world_size)
     job = build_job(config)
