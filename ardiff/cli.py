@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from ardiff.config import Config, load, presets
 from ardiff.errors import EchoedError, UserError
+
+if TYPE_CHECKING:
+    from ardiff.config import Config  # takes longer to load than all the rest: only by programs that need it
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -225,6 +227,8 @@ def parser(description: str, example: str, default_config: str | None = None) ->
         takes_settings=default_config is not None,
     )
     if default_config:
+        from ardiff.config import presets
+
         result.add_argument(
             "--config",
             default=default_config,
@@ -237,6 +241,8 @@ def parser(description: str, example: str, default_config: str | None = None) ->
 
 def parse_with_config(arguments: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config]:
     """Parse the command line; what the parser does not know must be an override of the configuration."""
+    from ardiff.config import load
+
     options, overrides = parse_with_overrides(arguments)
     return options, load(options.config, overrides)
 

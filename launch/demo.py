@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from ardiff.data.corpus import classes, read_corpus
 from ardiff.errors import UserError
 from ardiff.files import sha256, write_json
 from ardiff.monitor.writers import METRICS, VALIDATION
+from ardiff.ports import free_port
 from ardiff.training.run_dir import read_exit
 
 SIZE = 64  # pixels
@@ -88,7 +88,7 @@ class Demo:
             self.table.append((stage.name, float(done["seconds"]), "reused"))
             return
         self.fresh = self.fresh or not always
-        command = [_free_port() if word == "PORT" else word for word in stage.command]
+        command = [str(free_port()) if word == "PORT" else word for word in stage.command]
         shown = " ".join(shlex.quote(_shorten(word)) for word in command)
         print(f"\n=== {stage.name}\n$ {shown}", flush=True)
         begin = time.perf_counter()
@@ -193,12 +193,6 @@ def _environment() -> dict[str, str]:
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, "DS_ACCELERATOR": accelerator, "PATH": path, "PYTHONUNBUFFERED": "1"}
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _shorten(word: str) -> str:

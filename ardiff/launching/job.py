@@ -8,12 +8,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 
 from ardiff.launching import processes
 from ardiff.launching.processes import Identity
+from ardiff.signals import Catcher
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TICK = 0.1  # seconds
 LOOK_EVERY = 1.0  # seconds between searches for new ranks
 LEFTOVERS = 60.0  # seconds that processes which are no ranks have to end after their launcher has
@@ -30,18 +29,16 @@ class StopRequest:
         self.number: int | None = None  # the first signal
         self.at_once = False  # Ctrl-C a second time
         self.heard = 0  # signals
-        self._previous: dict[int, object] = {}
+        self._catcher = Catcher(self._remember)
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+        self._catcher.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._catcher.release()
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _remember(self, number: int) -> None:
         self.at_once = self.at_once or (number == signal.SIGINT and self.number == signal.SIGINT)
         self.number = self.number or number
         self.heard += 1
@@ -62,6 +59,12 @@ class End:
     orphaned: bool  # the launcher ended before its ranks
     in_training: bool | None  # when it was asked to stop; None: it was not
     outlived: bool = False  # processes are left that do not even hear SIGKILL
+    how: str | None = None  # for people, where "the launcher" says too little
+
+    def describe(self) -> str:
+        """For a message."""
+        code = f"ended with {self.code}" if self.code >= 0 else f"died by signal {-self.code}"
+        return self.how or f"the launcher {code}"
 
 
 class Job:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
+# Has SIGTERM (15) sent to itself when its parent ends (PR_SET_PDEATHSIG, 1), and becomes another program.
+_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ def adopt_orphans() -> None:
     """Become the parent of every process below whose own parent ends, so that none can get lost."""
     # Where this is refused, such processes are no longer found; the ranks notice for themselves that they are orphans.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def with_parent(command: list[str]) -> list[str]:
+    """A command that gets SIGTERM when the process that started it ends, however it ends."""
+    return [sys.executable, "-I", "-S", "-c", _WITH_PARENT, *command]
 
 
 def below(process: int) -> list[Identity]:

@@ -10,12 +10,14 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FINISHED = "finished"  # as written by a run that reached its last step
 LOCK_PATIENCE = 2.0  # seconds: a process that has just been killed may take a moment to go
+Asked = Callable[[], bool]
 _Stamp = tuple[int, int] | None
 
 
@@ -45,6 +47,15 @@ class ExitFile:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def final(self, patience: float) -> Record | None:
+        """The record once the ranks have ended; that of another host's rank may take a moment to be seen here."""
+        until = time.monotonic() + patience
+        while True:
+            found = self.read()
+            if (found is not None and found.code is not None) or time.monotonic() > until:
+                return found
+            time.sleep(0.2)
+
     def in_training(self) -> bool:
         """Whether it trains by now."""
         found = self.read()
@@ -64,14 +75,14 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return max(names, default=None)
 
 
-def in_use(run_dir: Path) -> bool:
-    """Whether a live run holds run_dir."""
+def in_use(run_dir: Path, patience: float = LOCK_PATIENCE) -> bool:
+    """Whether a live run holds run_dir, and still does after that many seconds."""
     try:
         handle = os.open(run_dir / ".lock", os.O_RDWR)
     except OSError:
         return False
     try:
-        until = time.monotonic() + LOCK_PATIENCE
+        until = time.monotonic() + patience
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

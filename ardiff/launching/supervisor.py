@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from ardiff import cli
 from ardiff.errors import UserError
 from ardiff.launching import records
-from ardiff.launching.command import Launch
-from ardiff.launching.job import End, Job, StopRequest
+from ardiff.launching.job import End, StopRequest, Tell
 
 PAUSES = (2.0, 60.0)  # seconds before the first restart, doubled each time, and at most
 _NOT_CURED = (cli.EXIT_OK, cli.EXIT_USER_ERROR, cli.EXIT_INTERRUPTED)  # by another start
+
+
+class NotStartedError(RuntimeError):
+    """A job that ran cannot be started again as things are; the message says what to do."""
+
+
+class Running(Protocol):
+    """A job that has been started."""
+
+    def wait(self, stop: StopRequest, stop_seconds: float, in_training: records.Asked, tell: Tell) -> End:
+        """Until every process has gone."""
+        ...
+
+    def kill(self, stop: StopRequest, tell: Tell) -> bool:
+        """End every process at once; returns whether they have gone."""
+        ...
+
+
+class Start(Protocol):
+    """A job that can be started, more than once: on this machine (`node.Node`) or on many hosts (`remote.Fleet`)."""
+
+    run_dir: Path | None  # where the ranks write how they ended; None: only the launcher's code says it
+    is_first: bool  # of the nodes: it keeps the notes, and finds the run_dir free
+    lock_patience: float  # more seconds for the lock of a start that was lost
+    record_patience: float  # seconds for a record that another host writes
+
+    def prepare(self, again: bool, stop: StopRequest, tell: Tell) -> bool:
+        """Find out where it can run; False: a signal came. Raises UserError at first, NotStartedError `again`."""
+        ...
+
+    def start(self, tell: Tell) -> Running:
+        """Start it there."""
+        ...
+
+    def close(self) -> None:
+        """After the last one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,46 +58,69 @@ class Verdict:
     """What a start came to."""
 
     code: int
-    reason: str
+    reason: str  # empty: nothing that need be told
     step: int | None
+    curable: bool = True  # by another start, as far as this start tells
 
 
-def supervise(launch: Launch, max_restarts: int, stop_seconds: float, tell: Callable[[str], None]) -> int:
+def supervise(job: Start, max_restarts: int, stop_seconds: float, tell: Tell, heard: StopRequest | None = None) -> int:
     """Run a job to its end, restarts included; returns its exit code (those of the rank programs, `ardiff.cli`).
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which stop with a checkpoint. Raises UserError where a live
-    run holds the run_dir.
+    SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which stop with a checkpoint; heard: remembers them, for a
+    caller who wants to know. Raises UserError where a live
+    run holds the run_dir, and where the job cannot be started at all.
     """
-    run_dir = launch.run_dir
     restarts = 0
-    with StopRequest() as stop:
+    with heard or StopRequest() as stop, closing(job):
         while True:
-            if records.in_use(run_dir):
-                raise UserError(f"--run_dir {run_dir}: another run is writing there; stop it or choose another")
-            if stop.number is not None:
-                return cli.EXIT_OK
-            exit_file = records.ExitFile(run_dir)
-            job = Job(launch.arguments(), launch.environment(), launch.launcher == "python")
-            try:
-                end = job.wait(stop, stop_seconds, exit_file.in_training, tell)
-            except BaseException:
-                job.kill(stop, tell)
-                raise
-            if end.outlived:
-                tell("not started again beside them; when they have gone, the same command goes on (exit code 1)")
-                return cli.EXIT_FAILURE
-            verdict = judge(end, exit_file.read(), stop.at_once)
-            tell(f"{verdict.reason} (exit code {verdict.code})")
-            if verdict.code in _NOT_CURED or stop.number is not None:
+            verdict = _run_once(job, restarts > 0, stop, stop_seconds, tell)
+            if verdict.reason:
+                tell(f"{verdict.reason} (exit code {verdict.code})")
+            if not verdict.curable or verdict.code in _NOT_CURED or stop.number is not None:
                 return verdict.code
             if restarts == max_restarts:
                 if max_restarts:
                     tell(f"all {max_restarts} restarts are used up")
                 return verdict.code
             restarts += 1
-            if _pause(launch, verdict, restarts, max_restarts, stop, tell):
+            if _pause(job, verdict, restarts, max_restarts, stop, tell):
                 tell("stopped while waiting for the restart; the same command goes on")
                 return cli.EXIT_OK
+
+
+def _run_once(job: Start, again: bool, stop: StopRequest, stop_seconds: float, tell: Tell) -> Verdict:
+    try:
+        ready = stop.number is None and job.prepare(again, stop, tell)
+        _require_free(job, again)
+    except NotStartedError as error:
+        return Verdict(cli.EXIT_FAILURE, f"{error}", None, curable=False)
+    if not ready or stop.number is not None:
+        return Verdict(cli.EXIT_OK, "stopped before the start; the same command goes on", None)
+    exit_file = records.ExitFile(job.run_dir) if job.run_dir else None
+    running = job.start(tell)
+    try:
+        end = running.wait(stop, stop_seconds, exit_file.in_training if exit_file else lambda: True, tell)
+    except BaseException:
+        running.kill(stop, tell)
+        raise
+    if end.outlived:
+        reason = "not started again beside them; when they have gone, the same command goes on"
+        return Verdict(cli.EXIT_FAILURE, reason, None, curable=False)
+    if exit_file is None:
+        return judge_by_code(end, stop.at_once)
+    return judge(end, exit_file.final(0.0 if stop.at_once else job.record_patience), stop.at_once)
+
+
+def _require_free(job: Start, again: bool) -> None:
+    patience = records.LOCK_PATIENCE + (job.lock_patience if again else 0.0)
+    if not (job.is_first and job.run_dir and records.in_use(job.run_dir, patience)):
+        return
+    if again:
+        raise NotStartedError(
+            f"not started again: ranks of the last start still hold {job.run_dir}, on a host that was lost; "
+            "when they have ended, the same command goes on"
+        )
+    raise UserError(f"--run_dir {job.run_dir}: another run is writing there; stop it or choose another")
 
 
 def judge(end: End, record: records.Record | None, at_once: bool) -> Verdict:
@@ -69,36 +130,45 @@ def judge(end: End, record: records.Record | None, at_once: bool) -> Verdict:
     """
     if at_once:
         return Verdict(cli.EXIT_INTERRUPTED, "ended at once, without a checkpoint", None)
-    how = f"ended with {end.code}" if end.code >= 0 else f"died by signal {-end.code}"
     if record is None:
-        return _without_record(end, how)
+        return _without_record(end)
     if record.code is None:
-        return Verdict(cli.EXIT_FAILURE, f"killed during training (the launcher {how})", record.step)
+        return Verdict(cli.EXIT_FAILURE, f"killed during training ({end.describe()})", record.step)
     if end.in_training is False and record.code == cli.EXIT_FAILURE:
         return Verdict(cli.EXIT_OK, "stopped before training began", record.step)
     if end.orphaned and record.reason != records.FINISHED and record.code == cli.EXIT_OK:
-        return Verdict(cli.EXIT_FAILURE, f"the launcher {how} before its ranks: {record.reason}", record.step)
-    return Verdict(record.code, record.reason, record.step)
+        return Verdict(cli.EXIT_FAILURE, f"{end.describe()} before its ranks: {record.reason}", record.step)
+    where = f"; first, {end.how}" if end.how and record.code == cli.EXIT_FAILURE else ""
+    return Verdict(record.code, f"{record.reason}{where}", record.step)
 
 
-def _without_record(end: End, how: str) -> Verdict:
+def judge_by_code(end: End, at_once: bool) -> Verdict:
+    """What a program that keeps no run came to."""
+    if at_once:
+        return Verdict(cli.EXIT_INTERRUPTED, "ended at once", None)
+    if end.orphaned:
+        return Verdict(cli.EXIT_FAILURE, f"{end.describe()} before its ranks", None)
+    return Verdict(end.code if end.code >= 0 else cli.EXIT_FAILURE, end.describe() if end.code else "", None)
+
+
+def _without_record(end: End) -> Verdict:
     if end.in_training is False:
         return Verdict(cli.EXIT_OK, "stopped before training began", None)
     if end.code in (cli.EXIT_OK, cli.EXIT_USER_ERROR) and not end.orphaned:
-        return Verdict(end.code, f"the launcher {how}, and the ranks left no exit.json", None)
-    return Verdict(cli.EXIT_FAILURE, f"the launcher {how} before training began", None)
+        return Verdict(end.code, f"{end.describe()}, and the ranks left no exit.json", None)
+    return Verdict(cli.EXIT_FAILURE, f"{end.describe()} before training began", None)
 
 
-def _pause(
-    launch: Launch, verdict: Verdict, restart: int, max_restarts: int, stop: StopRequest, tell: Callable[[str], None]
-) -> bool:
+def _pause(job: Start, verdict: Verdict, restart: int, max_restarts: int, stop: StopRequest, tell: Tell) -> bool:
     """Note the restart and wait; returns whether a signal came instead."""
-    checkpoint = records.newest_checkpoint(launch.run_dir)
+    assert job.run_dir is not None
+    checkpoint = records.newest_checkpoint(job.run_dir)
     seconds = min(PAUSES[1], PAUSES[0] * 2 ** (restart - 1))
     entry = {"restart": restart, "step": verdict.step, "reason": verdict.reason, "code": verdict.code}
     try:
-        records.note_restart(launch.run_dir, {**entry, "resumes_from": checkpoint})
+        if job.is_first:
+            records.note_restart(job.run_dir, {**entry, "resumes_from": checkpoint})
     except OSError as error:
-        tell(f"{launch.run_dir}: the restart cannot be noted ({error.strerror})")
+        tell(f"{job.run_dir}: the restart cannot be noted ({error.strerror})")
     tell(f"restart {restart} of {max_restarts} in {seconds:g} s, from {checkpoint or 'the beginning'}")
     return stop.sleep(seconds)

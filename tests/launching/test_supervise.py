@@ -193,6 +193,14 @@ def test_judge(how, record, code):
     assert judge(how, record, at_once=True).code == 130
 
 
+def test_the_first_host_that_failed_is_named():
+    lost = End(255, False, None, how="node2: the connection was lost")
+    assert judge(lost, Record("lost a rank", 1, 4), at_once=False).reason == f"lost a rank; first, {lost.how}"
+    assert judge(lost, Record("running", None, 4), at_once=False).reason == f"killed during training ({lost.how})"
+    assert judge(lost, Record("finished", 0, 4), at_once=False).reason == "finished"
+    assert judge(lost, None, at_once=False).reason == f"{lost.how} before training began"
+
+
 # submit.py where SIGKILL does not end the ranks, as with processes that wait for a disk that hangs.
 UNKILLABLE = """
 import runpy, signal, sys
@@ -304,5 +312,5 @@ def test_a_rank_without_a_launcher_has_time_for_its_checkpoint(tmp_path):
     time.sleep(1.5)  # until the job has seen the rank
     (tmp_path / "go").touch()
     output = finish(process)
-    assert "End(code=9, orphaned=True, in_training=None, outlived=False)" in output, output
+    assert "End(code=9, orphaned=True, in_training=None, outlived=False" in output, output
     assert json.loads((tmp_path / "exit.json").read_text()) == {"reason": "SIGTERM", "code": 0, "step": 9}
