@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +13,76 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ardiff.config import ModelConfig, VAEConfig
 from ardiff.models import build_arvae
+from ardiff.models.attention.masks import FrameMask
+from ardiff.models.embeddings import SINUSOIDS
 
-# Dense bf16 FLOP/s without sparsity, from the data sheets. Unknown devices have no MFU rather than a flattering one.
-PEAK_FLOPS = {"A800": 312e12, "A100": 312e12, "H800": 989e12, "H100": 989e12, "H200": 989e12}
+# Dense bf16 FLOP/s without sparsity, from NVIDIA's data sheets (A100, A800: 312; H100, H200 and H800 SXM: 1,979 with
+# sparsity; H100 and H800 PCIe: 1,513; H100 and H200 NVL: 1,671), by the names that the driver gives; the first that
+# fits counts. Unknown devices, and parts of one (MIG), have no MFU rather than a flattering one.
+PEAK_FLOPS = (
+    (r"MIG", None),
+    (r"\b(A100|A800)\b", 312e12),
+    (r"\b(H100|H200|H800) NVL\b", 835.5e12),
+    (r"\b(H100|H800) PCIe\b", 756.5e12),
+    (r"\b(H100|H200|H800)\b", 989.5e12),
+)
+TRAINING = 3  # forward passes that a training step costs: the backward pass is two
 
 
-def dit_flops(config: ModelConfig, num_frames: int | None = None) -> float:
-    """Forward FLOPs of one clip; training costs three times as much.
+def dit_flops(
+    config: ModelConfig, num_frames: int | None = None, num_context: int | None = None, dense: bool = False
+) -> float:
+    """Forward FLOPs of one clip; training costs three times as much, and `dit_block_flops` more where blocks are
+    computed again (activation checkpointing).
 
-    A multiply-add counts 2. Attention is counted as the mask needs it: frame i reads i + 1 frames.
+    A multiply-add counts 2; only matrix products count, as in torch's FlopCounterMode. Attention is counted as the mask
+    needs it (frame-causal: frame i reads i + 1 frames), or with `dense` as if every token read every other, which is
+    what a kernel with a dense mask computes.
+
+    num_context: tokens in front of the frames (None: those of the published networks, otherwise none, since the length
+    of a text is the data's).
     """
     frames = num_frames or config.num_frames
     width, tokens = config.hidden_size, frames * config.tokens_per_frame
+    context = _context_tokens(config, num_context)
+    embed = 2 * tokens * width * config.in_channels + 2 * frames * width * (width + SINUSOIDS)
+    if config.architecture == "reference":
+        embed += 2 * context * width * config.reference.context_dim
+        final = 2 * tokens * width * config.in_channels * (2 if config.reference.learn_sigma else 1)
+    else:
+        embed += 2 * context * width * config.context_dim
+        final = 2 * tokens * width * config.in_channels + 2 * frames * width * 2 * width
+    return embed + final + dit_block_flops(config, frames, context, dense)
+
+
+def dit_block_flops(
+    config: ModelConfig, num_frames: int | None = None, num_context: int | None = None, dense: bool = False
+) -> float:
+    """The part of `dit_flops` that lies in the blocks: what activation checkpointing computes twice."""
+    frames, width = num_frames or config.num_frames, config.hidden_size
+    context = _context_tokens(config, num_context)
+    tokens = context + frames * config.tokens_per_frame
     linear = 2 * tokens * width * width * (4 + 2 * config.mlp_ratio)
-    modulation = 2 * frames * width * 6 * width
-    pairs = config.tokens_per_frame**2 * (frames * (frames + 1) / 2 if config.mask == "frame_causal" else frames**2)
-    attention = 2 * 2 * pairs * width
-    ends = 2 * tokens * width * 2 * config.in_channels + 2 * frames * width * (2 * width + width + 256)
-    return config.depth * (linear + modulation + attention) + ends
+    first_only = config.architecture == "reference" and config.reference.merge_mode == "reproduce"
+    modulation = 2 * (1 if first_only else frames) * width * 6 * width
+    pairs = tokens**2 if dense else _pairs(config, frames, context)
+    return config.depth * (linear + modulation + 2 * 2 * pairs * width)
+
+
+def _context_tokens(config: ModelConfig, num_context: int | None) -> int:
+    published = config.reference.context_tokens if config.architecture == "reference" else 0
+    return published if num_context is None else num_context
+
+
+def _pairs(config: ModelConfig, frames: int, context: int) -> int:
+    """How many (query, key) pairs the mask allows."""
+    one_token = FrameMask(
+        frames, frames, 1, mask=config.mask, block=config.block, window=config.window, sink=config.sink
+    )
+    tokens = frames * config.tokens_per_frame
+    of_context = context * (context + tokens if config.context == "leaky" else context)
+    of_frames = int(one_token.dense(torch.device("cpu")).sum()) * config.tokens_per_frame**2
+    return of_context + of_frames + tokens * context
 
 
 def arvae_flops(config: VAEConfig, num_frames: int = 1) -> float:
@@ -48,10 +101,12 @@ def arvae_flops(config: VAEConfig, num_frames: int = 1) -> float:
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak of the device by its name, or None."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    """Peak of a device called so by its driver, or None."""
+    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, name)), None)
 
 
 class Clock:
