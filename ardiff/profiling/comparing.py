@@ -84,7 +84,7 @@ def compare(profiles: Sequence[dict[str, Any]]) -> list[Check]:
                         found.step_ms,
                         target["step"]["step_ms"],
                         found.compute_ms,
-                        found.reduction_ms + found.gather_ms,
+                        found.reduction_ms + found.gather_ms + found.waiting_ms,
                         parts["reduction"] + parts["weight gather"],
                     )
                 )

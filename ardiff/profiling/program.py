@@ -26,6 +26,7 @@ from ardiff.profiling.instruments import overlaps
 from ardiff.profiling.session import Measured, built, measure, profiled, session
 from ardiff.profiling.sweep import MARGIN, Candidate, best, default_sizes, out_of_memory, sweep
 from ardiff.profiling.synthetic import TEXT_TOKENS, synthetic_latents
+from ardiff.profiling.timeline import GATHER, REDUCTION
 from ardiff.training import run_dir
 from ardiff.training.distributed import World
 from ardiff.training.job import Job
@@ -123,6 +124,8 @@ def _profile(
         reduce_calls=sum(sent.calls for name, sent in measured.sent.items() if "gather" not in name),
         speed=measured.speed,
     )
+    inside = measured.mean_parts[REDUCTION] + measured.mean_parts[GATHER]
+    compute = scaling.with_waiting(compute, linked, inside)
     return {
         "version": VERSION,
         "machine": _machine(world),
@@ -293,7 +296,10 @@ def _scaling_json(compute: scaling.Compute, linked: links.Links, gpus: tuple[int
     overlap = "hidden behind the backward pass but for the last bucket" if compute.overlap else "not overlapped"
     found["assumptions"] = [
         f"reduction {overlap} (overlap_comm = {str(compute.overlap).lower()})",
-        "no rank is slower than the others; data wait, logging and rest stay as measured",
+        f"ranks wait {compute.waiting_ms:.1f} ms per step for slower ones, as here, in proportion to compute"
+        if compute.ranks > 1
+        else "no rank is slower than the others",
+        "data wait, logging and rest stay as measured",
         *linked.assumed,
     ]
     return found

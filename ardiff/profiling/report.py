@@ -29,7 +29,7 @@ def comparison(checks: Sequence[Check]) -> str:
         ]
         for check in checks
     ]
-    head = ["ranks", "links of", "predicted ms", "measured ms", "error", "communication ms", "measured, with waiting"]
+    head = ["ranks", "links of", "predicted ms", "measured ms", "error", "communication, waiting", "measured"]
     return (
         "Scaling model against measured steps (compute by the speed that ranks had there)\n" + table(head, rows) + "\n"
     )
@@ -176,14 +176,25 @@ def _scaling(profile: dict[str, Any]) -> str:
         "weak": "Scaling by the model, as many clips per rank as here",
         "strong": "Scaling by the model, the same global batch",
     }
-    head = ["GPUs", "global batch", "micro-batch", "step ms", "compute", "reduction", "gather", "clips/s", "efficiency"]
+    head = [
+        "GPUs",
+        "global batch",
+        "micro-batch",
+        "step ms",
+        "compute",
+        "reduction",
+        "gather",
+        "waiting",
+        "clips/s",
+        "efficiency",
+    ]
     for name, title in titles.items():
         rows = [
             [
                 str(one["ranks"]),
                 str(one["global_batch_size"]),
                 str(one["micro_batch_size"]),
-                *(f"{one[key]:.1f}" for key in ("step_ms", "compute_ms", "reduction_ms", "gather_ms")),
+                *(f"{one[key]:.1f}" for key in ("step_ms", "compute_ms", "reduction_ms", "gather_ms", "waiting_ms")),
                 f"{one['clips_per_s']:,.0f}",
                 f"{one['efficiency']:.1%}",
             ]

@@ -8,14 +8,15 @@
 
 ZeRO-2 reduces after every micro-step, ZeRO-1 and 0 once per step, and what DeepSpeed 0.19 sends for it is an all-reduce
 (use_multi_rank_bucket_allreduce), in the dtype of the computation. Where ZeRO overlaps reduction and backward pass,
-what exceeds the backward pass is exposed, and the last bucket in any case. Waiting for slow ranks is not in the model.
+what exceeds the backward pass is exposed, and the last bucket in any case. Waiting for slower ranks is taken to be the
+share of compute that it was in the measured run; a run on one rank knows of none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ardiff.profiling.links import Links
@@ -44,6 +45,7 @@ class Compute:
     backward_ms: float  # of a micro-step
     sharded_ms: float
     fixed_ms: float
+    waiting_ms: float = 0.0  # for slower ranks: in collectives, beyond what these take by themselves
 
     def as_json(self) -> dict[str, Any]:
         """For profile.json."""
@@ -100,6 +102,7 @@ class Predicted:
     compute_ms: float
     reduction_ms: float  # exposed
     gather_ms: float
+    waiting_ms: float
     step_ms: float
     clips_per_s: float
 
@@ -131,7 +134,12 @@ def predict(
     reduction += 1000 * measured.small_reductions * links.seconds("all_reduce", 4, ranks)
     gathered = measured.weight_bytes / measured.gathers
     gather = 1000 * measured.gathers * links.seconds("all_gather", gathered, ranks) if gathered else 0.0
-    step = alone + reduction + gather
+    waiting = 0.0
+    if ranks > 1 and measured.waiting_ms:  # ranks differ in compute, so it grows and shrinks with that
+        there = measured.global_batch_size // (measured.micro_batch_size * measured.ranks)
+        before = there * (measured.forward_ms + measured.backward_ms) + measured.sharded_ms + measured.fixed_ms
+        waiting = measured.waiting_ms * alone / before
+    step = alone + reduction + gather + waiting
     return Predicted(
         ranks=ranks,
         micro_batch_size=micro_batch,
@@ -139,9 +147,17 @@ def predict(
         compute_ms=alone,
         reduction_ms=reduction,
         gather_ms=gather,
+        waiting_ms=waiting,
         step_ms=step,
         clips_per_s=1000 * global_batch_size / step,
     )
+
+
+def with_waiting(measured: Compute, links: Links, communication_ms: float) -> Compute:
+    """The same, with the waiting that its own step shows. communication_ms: in the collectives of that step."""
+    own = predict(measured, links, measured.ranks, measured.global_batch_size)
+    waiting = max(0.0, communication_ms - own.reduction_ms - own.gather_ms) if measured.ranks > 1 else 0.0
+    return replace(measured, waiting_ms=waiting)
 
 
 def _exposed_ms(measured: Compute, links: Links, ranks: int, backward_ms: float) -> float:

@@ -33,6 +33,7 @@ def predicted(ranks):
         "compute_ms": 400.0,
         "reduction_ms": 12.5,
         "gather_ms": 3.0,
+        "waiting_ms": 0.0,
         "step_ms": 415.5,
         "clips_per_s": 300.0 * ranks,
         "efficiency": 1.0 - ranks / 4096,

@@ -6,7 +6,7 @@ from ardiff.errors import UserError
 from ardiff.files import write_json
 from ardiff.profiling.comparing import compare, read
 from ardiff.profiling.links import Link, Links
-from ardiff.profiling.scaling import Compute, compute_of, efficiencies, gpus, predict, strong, weak
+from ardiff.profiling.scaling import Compute, compute_of, efficiencies, gpus, predict, strong, weak, with_waiting
 from ardiff.profiling.timeline import BACKWARD, COPY, DATA, EMA, FORWARD, LOGGING, OPTIMIZER, PARTS, REST
 
 # Bandwidths that make one reduction of 1 GB among 2 ranks take 10 ms, a gather 5.
@@ -74,6 +74,17 @@ def test_calls_cost_their_latency():
     )
     assert many.gather_ms - plain.gather_ms == pytest.approx(2)
     assert many.reduction_ms - plain.reduction_ms == pytest.approx(5)
+
+
+def test_waiting_is_what_collectives_do_not_explain():
+    two = compute(ranks=2, global_batch_size=16)  # 2 x 10 ms of reductions and 5 of gathering by themselves
+    assert with_waiting(two, LINKS, 33.0).waiting_ms == pytest.approx(8)
+    assert with_waiting(two, LINKS, 20.0).waiting_ms == 0 and with_waiting(compute(), LINKS, 9.0).waiting_ms == 0
+    waits = with_waiting(two, LINKS, 33.0)
+    same = predict(waits, LINKS, 2, 16)
+    assert same.step_ms == pytest.approx(2 * 30 + 8 + 1 + 33)
+    half = predict(waits, LINKS, 4, 16)
+    assert half.waiting_ms == pytest.approx(8 * (30 + 4 + 1) / (60 + 8 + 1))
 
 
 def test_ranks_that_share_cores_are_slower():
