@@ -26,19 +26,20 @@ LOOK_EVERY = 1.0  # seconds between looks at what other ranks do
 
 
 class Share(NamedTuple):
-    """What one rank found, or why it could not; both None where the run was asked to stop."""
+    """What one rank found, or why it could not."""
 
     found: Any
-    problem: str | None
+    problem: str | None = None
+    stopped: bool = False  # the run was asked to stop
 
 
 def attempt(work: Callable[[], Any], what: str, step: int) -> Share:
     """Do work whose failure ends neither the run nor leaves a rank waiting: it is told, with where it happened."""
     try:
-        return Share(work(), None)
+        return Share(work())
     except Interrupted:
         log.warning("no %s at step %d: the run was asked to stop", what, step)
-        return Share(None, None)
+        return Share(None, stopped=True)
     except Exception as error:
         log.exception("no %s at step %d", what, step)
         return Share(None, f"{type(error).__name__}: {error}")
@@ -56,7 +57,7 @@ def combine(validate: Validate, shares: list[Share], step: int) -> dict[str, Any
     failed = [(rank, share.problem) for rank, share in enumerate(shares) if share.problem is not None]
     if failed:
         log.error("no validation at step %d: rank %d: %s", step, *failed[0])
-    if failed or any(share.found is None for share in shares):
+    if failed or any(share.stopped for share in shares):
         return {}
     return attempt(lambda: validate.combine([share.found for share in shares]), "validation", step).found or {}
 

@@ -241,7 +241,7 @@ def test_a_stop_is_no_failure(folder, caplog):
     objective.register_forward_pre_hook(stop)
     with caplog.at_level(logging.WARNING, "ardiff"):
         share = attempt(lambda: measure(loss, objective, 0, 1), "validation", 5)
-    assert share == (None, None) and caplog.messages == ["no validation at step 5: the run was asked to stop"]
+    assert share.stopped and share.problem is None and caplog.messages == ["no validation at step 5: the run was asked to stop"]
     assert combine(loss, [Share({}, None), share], 5) == {}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
