@@ -40,7 +40,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: $(READY)
-	$(BIN)/python -m pytest -m slow tests/end_to_end
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 	$(BIN)/python -m tests.end_to_end.faults --jobs 2 $(FAULTS)
 
 clean:

@@ -1,8 +1,15 @@
 """Exceptions. Of a UserError, which the user can mend, programs print one line and exit with 2."""
 
+from ardiff.credentials import hide_credentials
+
 
 class UserError(ValueError):
-    """A user's mistake. The message names the file or setting and says what to do."""
+    """A user's mistake. The message names the file or setting and says what to do; it is printed and stored, so it
+    shows no passwords of URLs.
+    """
+
+    def __str__(self) -> str:
+        return hide_credentials(super().__str__())
 
 
 class CheckpointError(RuntimeError):

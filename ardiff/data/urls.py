@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ardiff.config import Config
+from ardiff.credentials import hide_credentials
 from ardiff.errors import UserError
 
 # What fsspec knows beyond these, such as shells, ssh or archives within archives, is refused.
 PROTOCOLS = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "hf", "memory")
 IPV6_HOST = re.compile(r"(?:[^/@]*@)?\[[0-9A-Fa-f:.]+\](?::\d+)?(?=/|$)")
 AUTHORITY = re.compile(r"(?P<protocol>\w+)://(?:(?P<user>[^/?\s]*)@)?(?P<rest>[^?]*)(?P<query>\?.*)?")
-USER_IN_TEXT = re.compile(r"(?<=://)[^/\s'\"]*@")
-QUERY_IN_TEXT = re.compile(r"\?[\w.~%+-]+=[^\s'\")>]*")
 
 
 class Credentials(NamedTuple):
@@ -64,4 +63,4 @@ def redact(text: str, address: str = "") -> str:
     user, query = split_credentials(address)[1]
     for secret in (query, user, user[:-1].partition(":")[2]):
         text = text.replace(secret, "") if secret else text
-    return QUERY_IN_TEXT.sub("", USER_IN_TEXT.sub("", text))
+    return hide_credentials(text)

@@ -46,6 +46,7 @@ def test_sampling(capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
 def test_preparation(capsys):
     assert data_preparation.main(["--quick"]) == 0

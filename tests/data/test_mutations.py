@@ -17,7 +17,7 @@ from data_tools.inspection.verification import verify
 EACH = 1000
 
 
-@pytest.mark.parametrize("kind", ["latents", "frames"])
+@pytest.mark.parametrize("kind", ["latents", pytest.param("frames", marks=pytest.mark.slow)])
 def test_every_mutation_is_reported_and_none_does_harm(tmp_path, kind):
     # in a process with limited memory, an alarm clock and a ban on running code or writing files elsewhere
     result = tmp_path / "result.json"

@@ -246,7 +246,7 @@ def start(kind: str, options: list[str]) -> subprocess.Popen:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("kind", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_same_bytes_as_one(given, latents, tmp_path, kind):
     process = start(kind, arguments(given, tmp_path / "out", "--flip"))
     output, errors = process.communicate(timeout=120)

@@ -89,6 +89,16 @@ def run(command: list[str], timeout: float = 300) -> tuple[int, str]:
     return process.returncode, output
 
 
+def run_each(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """Exit codes and outputs of Python programs that are short: mistakes and the like, started together (each.py)."""
+    assert all(command[0] == sys.executable for command in commands)
+    given, results = folder / "commands.json", folder / "results.json"
+    given.write_text(json.dumps([command[1:] for command in commands]))
+    code, output = run([sys.executable, "-m", "tests.end_to_end.each", str(given), str(results)])
+    assert code == 0, output
+    return [(code, output) for code, output in json.loads(results.read_text())]
+
+
 def kill_group(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> None:
     """Signal a process and its group; SIGKILL takes all that descends from it: ranks under torchrun leave the group."""
     below = descendants(process.pid) if number == signal.SIGKILL else []

@@ -13,7 +13,7 @@ from data_helpers import write_frames
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import EXACT, exit_record, kill_group, launcher, metrics, run, start, wait_for_step
+from processes import EXACT, exit_record, kill_group, launcher, metrics, run, run_each, start, wait_for_step
 
 from ardiff.config import load
 from ardiff.errors import UserError
@@ -172,24 +172,20 @@ def test_a_run_is_given_more_stages_and_starts_from_another_run(tmp_path, shards
     assert code == 2 and "keep a phase of stage adversarial" in output, output
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_mistakes_are_told_in_one_line(tmp_path, shards):
+    cases = [
         (("--vae.discriminator_layers", "6"), r"vae.discriminator_layers = 6"),
         (("--vae.perceptual", "lpips", "--vae.lpips", "nowhere.pt"), r"vae.lpips.*nowhere.pt"),
         (("--train.init", "nowhere.bin"), r"train.init.*nowhere.bin"),
-        (("--data.validation", "SHARDS"), r"is what is trained on"),
+        (("--data.validation", str(shards)), r"is what is trained on"),
         (("--data.stride", "6"), r"num_frames = 4 with data.stride = 6, but no video .* use shorter clips"),
-    ],
-    ids=lambda value: re.sub(r"\W+", " ", str(value))[:30],
-)
-def test_mistakes_are_told_in_one_line(tmp_path, shards, options, message):
-    options = [str(shards) if option == "SHARDS" else option for option in options]
-    code, output = run(train_vae(tmp_path / "run", shards, *options, kind="python", ranks=1))
-    assert code == 2, output
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and re.search(message, lines[0]), output
-    assert "Traceback" not in output
+    ]
+    commands = [train_vae(tmp_path / "run", shards, *options, kind="python", ranks=1) for options, _ in cases]
+    for (_, message), (code, output) in zip(cases, run_each(commands, tmp_path), strict=True):
+        assert code == 2, output
+        lines = [line for line in output.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and re.search(message, lines[0]), output
+        assert "Traceback" not in output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

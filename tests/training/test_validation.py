@@ -211,6 +211,13 @@ def test_a_rank_that_cannot_read_raises_and_a_bad_clip_is_replaced(folder, tmp_p
         loss.measure(objective, 1, 2)
 
 
+class Alone:
+    """A validation that rank 0 makes by itself, as that of the AR-VAE."""
+
+    def combine(self, parts):
+        return parts[0]
+
+
 def test_a_failing_rank_leaves_the_run_without_figures(folder, caplog):
     loss = HeldOutLoss(held_out(configured(folder)), 4)
     objective = objective_of(configured(folder))
@@ -222,6 +229,7 @@ def test_a_failing_rank_leaves_the_run_without_figures(folder, caplog):
     assert all(share.problem is None for share in shares)
     assert combine(loss, shares, 5).keys() == figures(configured(folder)).keys()
     assert caplog.text == ""
+    assert combine(Alone(), [Share({"psnr": 20.0}), Share(None)], 5) == {"psnr": 20.0}  # rank 1 has nothing to find
     broken = objective_of(configured(folder))
     broken.network.forward = None  # as a rank whose device fails
     shares[1] = share(loss, broken, 1)
@@ -241,7 +249,8 @@ def test_a_stop_is_no_failure(folder, caplog):
     objective.register_forward_pre_hook(stop)
     with caplog.at_level(logging.WARNING, "ardiff"):
         share = attempt(lambda: measure(loss, objective, 0, 1), "validation", 5)
-    assert share.stopped and share.problem is None and caplog.messages == ["no validation at step 5: the run was asked to stop"]
+    assert share.stopped and share.problem is None
+    assert caplog.messages == ["no validation at step 5: the run was asked to stop"]
     assert combine(loss, [Share({}, None), share], 5) == {}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
