@@ -1,7 +1,8 @@
 # Process 1 of a cluster: the switch that its nodes are plugged into. Its end, which an end of file on stdin brings
 # about however the program that holds the other side has ended, ends every process of every node.
-# bash hub.sh NODES FOLDER
+# Started by __init__.py in namespaces of its own: bash hub.sh NODES FOLDER
 set -euo pipefail
+[ $$ = 1 ] || { echo "error: hub.sh ends every process that it sees; it is only for a namespace of its own" >&2; exit 2; }
 nodes=$1 folder=$2 here=$(dirname "$0")
 trap 'kill -KILL -1 || true; rm -rf "$folder"' EXIT
 
