@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ardiff.errors import UserError
+
 CHUNK = 1 << 20
 
 
@@ -54,6 +56,15 @@ def json_problem(error: json.JSONDecodeError) -> str:
         return "it is empty"
     ended = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     return f"it is not JSON: {'cut short' if ended else 'damaged'} at line {error.lineno}, column {error.colno}"
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise UserError where a file cannot be made, before the work that it is for."""
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file in it")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: {folder} is not a folder that can be written to; choose another place")
 
 
 def sha256(path: Path) -> str:

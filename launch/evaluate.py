@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +36,7 @@ from ardiff.data.latent_space import LatentSpace
 from ardiff.data.plan import Plan
 from ardiff.data.urls import is_remote
 from ardiff.errors import UserError
-from ardiff.files import write_json
+from ardiff.files import check_writable, write_json
 from ardiff.metrics.comparison import ARVAE, choose_clips, compare, table
 from ardiff.metrics.frechet import frechet_distance
 from ardiff.metrics.linear_codes import PCA, Code, LargestBlockDCT, MeanColour, random_frames
@@ -228,15 +227,6 @@ def check_options(options: argparse.Namespace) -> None:
     for option, path in (("--out", options.out), ("--sheet", options.sheet)):
         if path is not None:
             check_writable(option, path)
-
-
-def check_writable(option: str, path: Path) -> None:
-    """Raise UserError where a file cannot be made, before the work that it is for."""
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; name a file in it")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: {folder} is not a folder that can be written to; choose another place")
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clo
 
 from ardiff import cli
 from ardiff.errors import UserError
-from ardiff.files import write_json
+from ardiff.files import check_writable, write_json
 from ardiff.preflight import program
 from ardiff.preflight.result import Result
 from ardiff.preflight.table import lines_of
@@ -53,22 +54,38 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--timeout {options.timeout:g}: must be a number of seconds, at least 1")
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world_size {options.world_size}: must be at least 1")
+    if options.json is not None and os.environ.get("RANK", "0") == "0":  # other hosts need not have that folder
+        check_writable("--json", options.json)
     return options, overrides
+
+
+def tell(result: Result, path: Path | None) -> int:
+    """Print the report, and write it where it is asked for; returns the exit code."""
+    cli.say("\n".join(lines_of(result)))
+    code = cli.EXIT_OK if result.ok else cli.EXIT_FAILURE
+    if path is None:
+        return code
+    try:
+        write_json(path, result.as_json())
+    except OSError as error:  # the other ranks wait for the exit code
+        cli.complain(UserError(f"--json {path}: cannot be written ({error.strerror})"))
+        return cli.EXIT_USER_ERROR if result.ok else code
+    return code
 
 
 def main() -> int:
     """The program."""
     options, overrides = parse()
-
-    def report(result: Result) -> int:
-        if options.json is not None:
-            write_json(options.json, result.as_json())
-        print("\n".join(lines_of(result)), flush=True)
-        return cli.EXIT_OK if result.ok else cli.EXIT_FAILURE
-
     chosen = PROGRAMS[options.program]
     try:
-        return program.run(options, overrides, chosen.build_job, chosen.NAME, report)
+        return program.run(
+            options,
+            overrides,
+            chosen.build_job,
+            chosen.NAME,
+            chosen.FIXED,
+            lambda result: tell(result, options.json),
+        )
     except program.StoppedError as stopped:
         print(f"stopped by {stopped}", file=sys.stderr)
         return cli.EXIT_INTERRUPTED

@@ -33,6 +33,7 @@ from ardiff.training.job import Feed, Job, Preview, Validate
 from ardiff.training.validation import HeldOutClips, HeldOutLoss, check_latents, open_held_out
 
 NAME = "DiT"
+FIXED = ("model.", "diffusion.", "data.normalize", "data.stride")  # settings that a run keeps
 
 
 def build_job(config: Config) -> Job:
@@ -54,7 +55,8 @@ def build_job(config: Config) -> Job:
     space = LatentSpace.of(data.manifest, config.data.normalize)
     preview, note = _preview(config, space)
     validate, measured = _validation(config, data, space)
-    feed = Feed(data, LatentClips(data, space, config), dit_flops(model), model.num_frames * model.tokens_per_frame)
+    flops = dit_flops(model, num_context=space.text_tokens if model.context_dim else None)
+    feed = Feed(data, LatentClips(data, space, config), flops, model.num_frames * model.tokens_per_frame)
     return Job(
         name=NAME,
         config=config,
@@ -139,7 +141,7 @@ def main() -> int:
         "--data.shards /data/latents --run_dir runs/sky",
         "ardiff_xl",
     )
-    return program.main(parser, build_job, NAME, ("model.", "diffusion.", "data.normalize", "data.stride"))
+    return program.main(parser, build_job, NAME, FIXED)
 
 
 if __name__ == "__main__":

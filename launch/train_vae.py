@@ -43,6 +43,7 @@ ARCHITECTURE = (  # what a run keeps of its AR-VAE; the rest of `vae` may change
     *("image_size", "patch_size", "num_tokens", "channels", "hidden_size", "encoder_depth", "decoder_depth"),
     *("num_heads", "architecture", "reference", "temporal", "window"),
 )
+FIXED = (*(f"vae.{name}" for name in ARCHITECTURE), "data.stride")  # settings that a run keeps
 VALIDATION_CLIP = 8  # frames in a row of a held-out video, for what can be seen in time only
 
 
@@ -181,7 +182,7 @@ def main() -> int:
         "python launch/train_vae.py --config arvae_tiny --data.shards frames --run_dir runs/arvae",
         "arvae_tiny",
     )
-    return program.main(parser, build_job, NAME, (*(f"vae.{name}" for name in ARCHITECTURE), "data.stride"))
+    return program.main(parser, build_job, NAME, FIXED)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ardiff.config import load
 from ardiff.errors import UserError
 from ardiff.launching.environment import read_file
 from ardiff.monitor import estimates
+from ardiff.profiling.links import ASSUMED_ACROSS, ASSUMED_WITHIN
 from ardiff.training.engine import read_ds_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -82,6 +83,12 @@ def test_the_arithmetic_of_the_readme(monkeypatch):
                 load("ardiff_xl"), 8, "bf16", 2, int(micro_batch), checkpointing, bucket=bucket, on_gpu=True
             )["total"]
             assert total == pytest.approx(float(said), abs=0.06)
+    rows = re.findall(r"^\| (\d+) GPUs, ([^|]*) \| (\d+) GB/s \| (\d+) ms \|", README, re.MULTILINE)
+    assert len(rows) == 3
+    for ranks, where, bandwidth, milliseconds in rows:  # of an all-reduce of all gradients in bf16
+        assert int(milliseconds) == round(2 * (1 - 1 / int(ranks)) * 2 * parameters / (int(bandwidth) * 1e6))
+        assumed = {"NVLink": ASSUMED_WITHIN, "4 cards of 200 Gb/s a node": ASSUMED_ACROSS}
+        assert int(bandwidth) == assumed.get(where, 2 * ASSUMED_ACROSS)
 
 
 @pytest.mark.parametrize(

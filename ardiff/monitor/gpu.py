@@ -53,6 +53,8 @@ class GpuState:
     ecc_corrected: int | None = None  # since the driver was loaded
     ecc_uncorrected: int | None = None
     retired_pages: int | None = None  # or, from Ampere on, remapped rows; over the life of the card
+    repair_pending: bool | None = None  # rows or pages that are replaced at the next reset
+    remap_failed: bool | None = None  # from Ampere on: a row could not be replaced
     throttle: tuple[str, ...] | None = None  # words of THROTTLE
     nvlinks_active: int | None = None
     nvlinks_total: int | None = None
@@ -91,6 +93,7 @@ class Nvml:
         memory = self._ask("nvmlDeviceGetMemoryInfo", handle)
         active, total = self._links(board)
         received, sent = (None, None) if total is None else self._link_traffic(index, board, total)
+        retired, pending, failed = self._retired(board)
         return GpuState(
             name=self._ask("nvmlDeviceGetName", handle),
             uuid=self._ask("nvmlDeviceGetUUID", handle),
@@ -104,7 +107,9 @@ class Nvml:
             memory_clock_mhz=_number(self._ask("nvmlDeviceGetClockInfo", board, nvml.NVML_CLOCK_MEM)),
             ecc_corrected=self._ecc(board, nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED),
             ecc_uncorrected=self._ecc(board, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED),
-            retired_pages=self._retired(board),
+            retired_pages=retired,
+            repair_pending=pending,
+            remap_failed=failed,
             throttle=self._throttle(board),
             nvlinks_active=active,
             nvlinks_total=total,
@@ -168,13 +173,16 @@ class Nvml:
     def _ecc(self, board: Any, kind: int) -> int | None:
         return self._ask("nvmlDeviceGetTotalEccErrors", board, kind, self._nvml.NVML_VOLATILE_ECC)
 
-    def _retired(self, board: Any) -> int | None:
+    def _retired(self, board: Any) -> tuple[int | None, bool | None, bool | None]:
+        """Rows or pages that were replaced; whether some wait for a reset; whether a row could not be replaced."""
         rows = self._ask("nvmlDeviceGetRemappedRows", board)  # (corrected, uncorrected, pending, failed)
         if rows is not None:
-            return rows[0] + rows[1]
+            return rows[0] + rows[1], bool(rows[2]), bool(rows[3])
         causes = range(self._nvml.NVML_PAGE_RETIREMENT_CAUSE_COUNT)
         pages = [self._ask("nvmlDeviceGetRetiredPages", board, cause) for cause in causes]
-        return None if None in pages else sum(len(each) for each in pages)
+        pending = self._ask("nvmlDeviceGetRetiredPagesPendingStatus", board)
+        retired = None if None in pages else sum(len(each) for each in pages)
+        return retired, None if pending is None else bool(pending), None
 
     def _throttle(self, board: Any) -> tuple[str, ...] | None:
         for function in ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
@@ -212,9 +220,11 @@ class Nvml:
         totals: list[float] = []
         for name in (sent, received):
             field = getattr(self._nvml, name, None)
+            if field is None:  # an older module
+                return None
             scopes = [ALL_LINKS] if summed else range(links)
             values = self._ask("nvmlDeviceGetFieldValues", board, [(field, scope) for scope in scopes])
-            if field is None or values is None or any(value.nvmlReturn for value in values):
+            if values is None or any(value.nvmlReturn for value in values):
                 return None
             totals.append(unit * sum(float(getattr(value.value, VALUE_FIELDS[value.valueType])) for value in values))
         return totals[0], totals[1]

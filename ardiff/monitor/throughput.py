@@ -44,7 +44,7 @@ def dit_flops(
     """
     frames = num_frames or config.num_frames
     width, tokens = config.hidden_size, frames * config.tokens_per_frame
-    context = _context_tokens(config, num_context)
+    context = context_tokens(config, num_context)
     embed = 2 * tokens * width * config.in_channels + 2 * frames * width * (width + SINUSOIDS)
     if config.architecture == "reference":
         embed += 2 * context * width * config.reference.context_dim
@@ -60,7 +60,7 @@ def dit_block_flops(
 ) -> float:
     """The part of `dit_flops` that lies in the blocks: what activation checkpointing computes twice."""
     frames, width = num_frames or config.num_frames, config.hidden_size
-    context = _context_tokens(config, num_context)
+    context = context_tokens(config, num_context)
     tokens = context + frames * config.tokens_per_frame
     linear = 2 * tokens * width * width * (4 + 2 * config.mlp_ratio)
     first_only = config.architecture == "reference" and config.reference.merge_mode == "reproduce"
@@ -69,7 +69,8 @@ def dit_block_flops(
     return config.depth * (linear + modulation + 2 * 2 * pairs * width)
 
 
-def _context_tokens(config: ModelConfig, num_context: int | None) -> int:
+def context_tokens(config: ModelConfig, num_context: int | None = None) -> int:
+    """Tokens in front of the frames: so many, or (None) those of the published networks, otherwise none."""
     published = config.reference.context_tokens if config.architecture == "reference" else 0
     return published if num_context is None else num_context
 

@@ -77,6 +77,7 @@ class Context:
     overrides: list[str]
     build_job: BuildJob
     trains: str  # what the run trains, as in `Job.name`
+    fixed: tuple[str, ...]  # sections and settings that a run_dir is made for
     meeting: Meeting
     hosts: list[str]  # of every rank
     local_rank: int

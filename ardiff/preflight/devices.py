@@ -91,12 +91,11 @@ def judge(nvml: Nvml, index: int) -> Finding:
     if state.retired_pages:
         text = f"GPU {index}: {state.retired_pages} retired pages or remapped rows; replace it when they become more"
         found.warnings.append(text)
+    if state.remap_failed:
+        found.failures.append(f"GPU {index}: a broken row of its memory could not be remapped; replace the GPU")
+    if state.repair_pending:
+        found.warnings.append(f"GPU {index}: broken memory is replaced at its next reset; drain the host and reset it")
     _judge_throttling(state, index, found)
-    if state.nvlinks_total and (state.nvlinks_active or 0) < state.nvlinks_total:
-        found.failures.append(
-            f"GPU {index}: {state.nvlinks_active} of {state.nvlinks_total} NVLinks are active; reseat or replace it "
-            "(nvidia-smi nvlink -s, fabric manager)"
-        )
     if state.memory_used_gb is not None and state.memory_used_gb > OTHERS_GB:
         found.failures.append(
             f"GPU {index}: {state.memory_used_gb:.1f} GiB are in use by other processes; end them (see nvidia-smi)"
@@ -113,14 +112,45 @@ def _judge_throttling(state: GpuState, index: int, found: Finding) -> None:
 
 
 def compare_nvml(reports: Sequence[Report]) -> list[Remark]:
-    """Power limits below those of most."""
+    """Power limits below those of most, and GPUs with fewer NVLinks up than others of their kind."""
     limits = {report.rank: (report.figure("gpu") or {}).get("power_limit_w") for report in reports}
     known = {rank: float(limit) for rank, limit in limits.items() if limit}
     middle, far, near = slower_than_most(known, 0.0, POWER)
-    return [
+    remarks = [
         Remark(f"power limit {known[rank]:.0f} W, elsewhere {middle:.0f} W; raise it (nvidia-smi -pl)", (rank,))
         for rank in [*far, *near]
     ]
+    return remarks + _compare_nvlinks(reports)
+
+
+def _compare_nvlinks(reports: Sequence[Report]) -> list[Remark]:
+    """How many links a GPU should have up is what the best of its kind has: those of PCIe cards lead to nothing where
+    there are no bridges, so that links which are down everywhere are worth a warning only.
+    """
+    kinds: dict[str, dict[int, int]] = {}
+    total: dict[str, int] = {}
+    for report in reports:
+        gpu = report.figure("gpu") or {}
+        if gpu.get("nvlinks_active") is not None:
+            name = str(gpu.get("name"))
+            kinds.setdefault(name, {})[report.rank] = gpu["nvlinks_active"]
+            total[name] = max(total.get(name, 0), gpu.get("nvlinks_total") or 0)
+    remarks = []
+    for name, links in kinds.items():
+        most = max(links.values())
+        remarks += [
+            Remark(
+                f"{links[rank]} NVLinks are up, {most} on other GPUs of its kind; reseat or replace it (nvidia-smi "
+                "nvlink -s, fabric manager)",
+                (rank,),
+            )
+            for rank in links
+            if links[rank] < most
+        ]
+        if most < total[name]:
+            text = f"{most} of {total[name]} NVLinks are up; if the others are wired, look at the fabric manager"
+            remarks.append(Remark(text, tuple(links), warning=True))
+    return remarks
 
 
 def local_device(local_rank: int) -> torch.device:

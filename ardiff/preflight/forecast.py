@@ -27,6 +27,8 @@ def forecast(context: Context, reports: Sequence[Report]) -> tuple[dict[str, Any
     remarks: list[Remark] = []
     if context.trains == "DiT":
         found["memory_gb"] = _memory(context)
+        if notes := _notes(context):
+            found["notes"] = notes
         remarks += _compare_memory(context, found["memory_gb"], reports)
         found["step_s"] = _step(context, reports)
         remarks += _compare_reading(context, found["step_s"], reports)
@@ -39,21 +41,28 @@ def forecast(context: Context, reports: Sequence[Report]) -> tuple[dict[str, Any
     return found, remarks
 
 
-def _precision(settings: dict[str, Any]) -> str:
-    return "bf16" if settings.get("bf16", {}).get("enabled") else "fp32"
-
-
 def _memory(context: Context) -> dict[str, float]:
     assert context.config is not None and context.ds_settings is not None
-    zero = context.ds_settings.get("zero_optimization", {})
-    return estimates.memory(
-        context.config,
-        context.run_size,
-        _precision(context.ds_settings),
-        stage=int(zero.get("stage", 0)),
-        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),  # DeepSpeed's default
-        overlap=bool(zero.get("overlap_comm")),
-    )
+    on_gpu = context.device.type == "cuda"
+    return estimates.memory_under(context.config, context.ds_settings, context.run_size, on_gpu, _num_context(context))
+
+
+def _num_context(context: Context) -> int | None:
+    """Tokens of text: the data's. None without text, and where there are no data to ask."""
+    if context.config is None or not context.config.model.context_dim:
+        return None
+    space = None if context.job is None else context.job.latent_space
+    return None if space is None else space.text_tokens
+
+
+def _notes(context: Context) -> list[str]:
+    """How far the estimates are to be believed."""
+    notes = []
+    if context.config is not None and context.config.model.context_dim and _num_context(context) is None:
+        notes.append("text is not counted, as its length is the data's: give --data.shards")
+    if context.device.type == "cpu":
+        notes.append("on CPUs a step takes far longer than estimated, as it is bound by more than matrix products")
+    return notes
 
 
 def _compare_memory(context: Context, needed: dict[str, float], reports: Sequence[Report]) -> list[Remark]:
@@ -89,8 +98,17 @@ def _step(context: Context, reports: Sequence[Report]) -> dict[str, float] | Non
     known = [rate for rate in rates if rate]
     if not known:
         return None
+    zero = estimates.Zero.of(context.ds_settings)
     return estimates.step_seconds(
-        context.config, context.run_size, _precision(context.ds_settings), 1e12 * min(known), _bandwidth(reports)
+        context.config,
+        context.run_size,
+        zero.precision,
+        1e12 * min(known),
+        _bandwidth(reports),
+        stage=zero.stage,
+        bucket=zero.bucket,
+        overlap=zero.overlap,
+        num_context=_num_context(context),
     )
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from ardiff.launching.hostcheck import is_loopback, resolve
 from ardiff.monitor.memory import host_memory
 from ardiff.preflight.checks import Context, Finding, Remark, Report
-from ardiff.preflight.comparing import all_of_host
+from ardiff.preflight.comparing import all_of_host, slower_than_most
 
 GIB = 2**30
 SHM = Path("/dev/shm")
 SHM_GB_PER_RANK = 0.5  # NCCL's and DeepSpeed's buffers; containers often have 64 MiB in all
 MANY = 128  # ranks
 OPEN_FILES = 4096  # sockets to every other rank, and shards (at most 256)
+FEWER = 0.8  # of the median's cores or memory
 MEMORY_GB_PER_RANK = 2.0  # an idle rank has 1 GiB of libraries and buffers
 
 
@@ -94,9 +95,8 @@ def compare_hosts(reports: Sequence[Report]) -> list[Remark]:
     for figure, what in (("cores", "cores"), ("host_memory_gb", "GiB of memory")):
         values = {report.rank: report.figure(figure) for report in reports}
         known = {rank: value for rank, value in values.items() if value is not None}
-        most = max(known.values(), default=0)
-        for rank, value in known.items():
-            if value < 0.8 * most:
-                text = f"{value:.0f} {what}, another host has {most:.0f}; is it of another kind, or shared?"
-                remarks.append(Remark(text, all_of_host(reports, rank), warning=True))
+        middle, _, less = slower_than_most(known, 0.0, FEWER)
+        for rank in less:
+            text = f"{known[rank]:.0f} {what}, most hosts have {middle:.0f}; is it of another kind, or shared?"
+            remarks.append(Remark(text, all_of_host(reports, rank), warning=True))
     return remarks

@@ -66,11 +66,13 @@ def run(
     overrides: list[str],
     build_job: BuildJob,
     trains: str,
+    fixed: tuple[str, ...],
     report: Ended,
     checks: Sequence[Check] = CHECKS,
 ) -> int:
     """Check everything; returns the exit code, the same on all ranks.
 
+    trains, fixed: of the training program, as for `ardiff.training.program.main`.
     report: called on rank 0 with the result; prints it and returns the exit code.
     """
     begin = time.monotonic()
@@ -82,7 +84,9 @@ def run(
     with ExitStack() as clean_up:
         hosts = _arrive(meeting, local_rank, options.timeout)
         device = devices.local_device(local_rank)
-        context = Context(options, overrides, build_job, trains, meeting, hosts, local_rank, device, options.timeout)
+        context = Context(
+            options, overrides, build_job, trains, fixed, meeting, hosts, local_rank, device, options.timeout
+        )
         clean_up.enter_context(context.clean_up)
         own = Report(rank, local_rank, hosts[rank])
         patience = Patience(context)

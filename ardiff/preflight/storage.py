@@ -57,7 +57,7 @@ def check_run_dir(context: Context) -> Finding:
 
 def _offer_token(context: Context, folder: Path, found: Finding) -> None:
     if context.config is not None:
-        run_dir.check(folder, context.config, context.trains, (), "auto")
+        run_dir.check(folder, context.config, context.trains, context.fixed, "auto")
     if run_dir.is_ours(folder) and run_dir.in_use(folder):
         found.warnings.append(f"--run_dir {folder}: a run is writing there; stop it, or choose another")
     made = _make(folder / NOTES)

@@ -79,6 +79,7 @@ def _one(value: Any) -> str:
 # heading, figure of a host, how it is shown
 _COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("device", "device", _one),
+    ("GPU GiB", "memory_gb", lambda value: _spread(value, "{:.0f}")),
     ("TFLOP/s", "matmul_tflops", _spread),
     ("of peak", "matmul_of_peak", lambda value: _spread(value, "{:.0%}")),
     ("clips/s", "clips_per_s", lambda value: _spread(value, "{:.0f}")),
@@ -142,6 +143,7 @@ def _estimates(estimates: dict[str, Any]) -> list[str]:
     if step := estimates.get("step_s"):
         parts = ", ".join(f"{part} {seconds:.3g}" for part, seconds in step.items() if part != "total")
         lines.append(f"estimated time of a step: {step['total']:.3g} s ({parts})")
+    lines += [f"  ({note})" for note in estimates.get("notes", ())]
     if checkpoint := estimates.get("checkpoint_gb"):
         lines.append(f"a checkpoint: {checkpoint:.3g} GiB")
     if reason := estimates.get("not_estimated"):

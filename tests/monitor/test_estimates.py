@@ -8,19 +8,24 @@ from ardiff.diffusion.objective import DiffusionObjective
 from ardiff.errors import UserError
 from ardiff.models import build_dit
 from ardiff.monitor.estimates import (
+    BUCKET,
+    DEEPSPEED_BUCKET,
     FP32,
     GIB,
+    Zero,
     activation_bytes,
     memory,
+    memory_under,
     node_memory,
     num_parameters,
     step_seconds,
 )
 from ardiff.monitor.throughput import dit_flops
+from ardiff.profiling.rates import hardware_flops
 from tests.training.toy import run_ranks
 
 
-def kept_for_backward(config, batch, dtype):
+def kept_for_backward(config, batch, dtype, num_context=0):
     """Bytes of the tensors that a forward pass saves, each storage once, without the parameters."""
     model = config.model
     objective = DiffusionObjective(build_dit(model), config).to(dtype)
@@ -29,6 +34,8 @@ def kept_for_backward(config, batch, dtype):
     data = {"latents": torch.randn(shape), "noise": torch.randn(shape)}
     data["timesteps"] = torch.zeros(shape[:2], dtype=torch.long)
     data["mask"] = torch.ones(shape[:2], dtype=torch.bool)
+    if num_context:
+        data["context"] = torch.randn(batch, num_context, model.context_dim)
     kept = {}
 
     def pack(tensor):
@@ -58,6 +65,42 @@ def test_activations_against_what_is_kept(batch, settings, precision):
     config = load("tiny", settings)
     kept = kept_for_backward(config, batch, torch.float32 if precision == "fp32" else torch.bfloat16)
     assert activation_bytes(config.model, batch, precision, on_gpu=False) == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.context_dim=24"],
+        ["model.context_dim=24", "model.mask=bidirectional", "model.context=leaky"],
+    ],
+)
+def test_activations_with_text(settings, precision):
+    config = load("tiny", ["model.depth=2", "model.num_frames=4", *settings])
+    kept = kept_for_backward(config, 2, torch.float32 if precision == "fp32" else torch.bfloat16, 77)
+    found = activation_bytes(config.model, 2, precision, on_gpu=False, num_context=77)
+    assert found == pytest.approx(kept, rel=0.02)
+    assert activation_bytes(config.model, 2, precision, on_gpu=False) < 0.8 * kept
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["model.depth=4"],
+        ["model.qk_norm=true"],
+        ["model.reference.positions=rotary"],
+        ["model.qk_norm=true", "model.reference.positions=rotary"],
+        ["model.reference.merge_mode=reproduce"],
+        ["model.reference.merge_mode=sharenorm_shift_first_t"],
+    ],
+)
+def test_activations_of_the_published_networks(settings, precision):
+    """Their context tokens are counted without being asked for."""
+    small = ["model.hidden_size=64", "model.num_heads=2", "model.depth=2", "model.num_frames=4"]
+    config = load("reference_sky", [*small, *settings])
+    kept = kept_for_backward(config, 2, torch.float32 if precision == "fp32" else torch.bfloat16)
+    assert activation_bytes(config.model, 2, precision, on_gpu=False) == pytest.approx(kept, rel=0.02)
 
 
 @pytest.mark.parametrize("depth", [2, 8])
@@ -104,8 +147,42 @@ def test_step_seconds_adds_up():
     size = 2 * num_parameters(config)
     assert eight["reduction"] == pytest.approx(8 * 2 * 7 / 8 * size / 100e9)
     assert eight["gather"] == pytest.approx(7 / 8 * size / 100e9)
-    hidden = step_seconds(config, 8, "bf16", 300e12, 100.0, overlap=1.0)
-    assert hidden["total"] == pytest.approx(hidden["compute"] + eight["gather"])
+    hidden = step_seconds(config, 8, "bf16", 300e12, 100.0, overlap=True)
+    last = 1 / -(-num_parameters(config) // BUCKET)  # the last bucket, for which there is nothing left to hide behind
+    assert hidden["reduction"] == pytest.approx(last * eight["reduction"])
+    assert hidden["total"] == pytest.approx(hidden["compute"] + hidden["reduction"] + eight["gather"])
+    slow = [step_seconds(config, 8, "bf16", 300e12, 1e-3, overlap=on)["reduction"] for on in (False, True)]
+    assert slow[1] > 0.99 * slow[0]  # hardly anything can be hidden
+
+
+def test_traffic_by_stage():
+    """Stage 2 reduces after every micro-batch, stages 1 and 0 once, and stage 0 keeps all weights on all ranks."""
+    config = load("tiny", ["train.global_batch_size=64", "train.micro_batch_size=4"])
+    two, one, none = (step_seconds(config, 2, "fp32", 1e12, 1.0, stage=stage) for stage in (2, 1, 0))
+    assert two["reduction"] == pytest.approx(8 * one["reduction"]) and one["reduction"] == none["reduction"] > 0
+    assert two["gather"] == one["gather"] > 0 == none["gather"]
+    assert two["compute"] == one["compute"] == none["compute"]
+
+
+def test_only_blocks_are_computed_again():
+    config = load("tiny", ["model.activation_checkpointing=true", "model.context_dim=24"])
+    for num_context in (None, 77):
+        found = step_seconds(config, 1, "fp32", 1e12, num_context=num_context)["compute"]
+        flops = hardware_flops(config.model, num_context)
+        assert found == pytest.approx(config.train.global_batch_size * flops / 0.6e12)
+
+
+def test_what_a_ds_config_says():
+    said = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1e8, "overlap_comm": True},
+    }
+    assert Zero.of(said) == Zero("bf16", 2, 100_000_000, True)
+    assert Zero.of({}) == Zero("fp32", 0, DEEPSPEED_BUCKET, False)
+    config = load("tiny", ["model.context_dim=24"])
+    under = memory_under(config, said, 4, on_gpu=True, num_context=77)
+    assert under == memory(config, 4, "bf16", 2, bucket=100_000_000, overlap=True, on_gpu=True, num_context=77)
+    assert under["activations"] > memory_under(config, said, 4, on_gpu=True)["activations"]
 
 
 # What lives between the last backward pass and the update: gradients in their final form, the optimizer's state.

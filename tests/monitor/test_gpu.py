@@ -41,6 +41,7 @@ ANSWERS = {
     "nvmlDeviceGetRemappedRows": lambda gpu: (2, 1, 0, 0),
     "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: 0x1 | 0x4 | 0x40,
     "nvmlDeviceGetNvLinkState": lambda gpu, link: int(link != 3),
+    "nvmlDeviceGetRetiredPagesPendingStatus": lambda gpu: 1,
     "nvmlDeviceGetRetiredPages": lambda gpu, cause: [0x1000] * (cause + 1),
     "nvmlDeviceGetTemperatureV": lambda gpu, sensor: 62,
     "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: 0x8,
@@ -59,6 +60,8 @@ EVERYTHING = GpuState(
     ecc_corrected=7,
     ecc_uncorrected=1,
     retired_pages=3,
+    repair_pending=False,
+    remap_failed=False,
     throttle=("power cap", "hardware thermal slowdown"),
     nvlinks_active=7,
     nvlinks_total=8,
@@ -192,9 +195,28 @@ def test_older_and_newer_modules_and_cards():
     module.forgotten = {"nvmlDeviceGetTemperature"}
     state = opened(module).read(0)
     assert (state.temperature_c, state.retired_pages, state.throttle) == (62.0, 3, ("hardware slowdown",))
-    device.missing |= {"nvmlDeviceGetRetiredPages", "nvmlDeviceGetCurrentClocksThrottleReasons"}
+    assert (state.repair_pending, state.remap_failed) == (True, None)
+    device.missing |= {"nvmlDeviceGetRetiredPagesPendingStatus", "nvmlDeviceGetRetiredPages"}
+    device.missing |= {"nvmlDeviceGetCurrentClocksThrottleReasons"}
     state = opened(module).read(0)
-    assert (state.retired_pages, state.throttle) == (None, None)
+    assert (state.retired_pages, state.repair_pending, state.throttle) == (None, None, None)
+
+
+def test_rows_that_wait_for_a_reset_or_could_not_be_remapped(monkeypatch):
+    for rows, expected in (((0, 1, 1, 0), (1, True, False)), ((0, 9, 0, 1), (9, False, True))):
+        monkeypatch.setitem(ANSWERS, "nvmlDeviceGetRemappedRows", lambda gpu, rows=rows: rows)
+        state = opened(FakeNvml(Gpu("GPU-aa"))).read(0)
+        assert (state.retired_pages, state.repair_pending, state.remap_failed) == expected
+
+
+def test_a_module_that_does_not_know_a_counter_is_not_asked_for_it(monkeypatch):
+    """pynvml's structures do not take None for a number: it is a TypeError."""
+    module = FakeNvml(Gpu("GPU-aa"), fields=(202, 204))
+    module.forgotten = {"NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX"}
+    asked = []
+    monkeypatch.setattr(module, "field", lambda *a, original=module.field: asked.append(a[1]) or original(*a))
+    assert opened(module).read(0).nvlink_tx_gb == 0
+    assert asked and None not in asked
 
 
 @pytest.mark.parametrize(("fields", "summed"), [((138, 139), True), ((138, 139), False), ((202, 204), False)])

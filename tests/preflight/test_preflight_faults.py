@@ -5,10 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ardiff.config import load
 from ardiff.preflight.checks import Finding, Remark, Report
 from ardiff.preflight.forecast import forecast
+from ardiff.preflight.network import AMONG
 from ardiff.preflight.program import CHECKS, _together
 from ardiff.preflight.result import assemble
 from ardiff.preflight.table import lines_of
@@ -73,7 +75,7 @@ FAULTS = [
         1,
         1,
     ),
-    ({2: {"cores": 8}}, "node2", "8 cores, another host has 96", 0, 0),
+    ({2: {"cores": 8}}, "node2", "8 cores, most hosts have 96", 0, 0),
     ({4: {"write_mb_per_s": 9.0}}, "node3", "run_dir is written at 9 MB/s; checkpoints will take long", 0, 0),
 ]
 
@@ -166,6 +168,20 @@ def test_ranks_that_have_not_come_are_one_entry_per_host():
     assert "  ? (ranks 2-3), ? (ranks 4-5): not come within 60 s" in lines_of(result)
 
 
+def test_a_host_with_more_than_most_is_no_fault_of_the_others():
+    result = assemble(reports_with({0: {"cores": 256, "host_memory_gb": 4000.0}}), CHECKS, HOSTS)
+    assert result.ok and not any(host["warnings"] for host in result.hosts)
+
+
+def test_the_memory_of_the_gpus_is_in_the_table():
+    (heading,) = [line for line in lines_of(assemble(reports_with({}), CHECKS, HOSTS)) if "TFLOP/s" in line]
+    assert "GPU GiB" not in heading
+    text = lines_of(assemble(reports_with({rank: {"memory_gb": 139.8} for rank in range(6)}), CHECKS, HOSTS))
+    (heading,) = [line for line in text if "TFLOP/s" in line]
+    (row,) = [line for line in text if line.startswith("  node2 ")]
+    assert row[: heading.index("GPU GiB") + len("GPU GiB")].endswith(" 140")
+
+
 def test_who_waits_in_vain_is_not_to_blame():
     def hanging() -> list[Report]:
         reports = reports_with({})
@@ -215,3 +231,35 @@ def test_data_that_cannot_keep_up_are_a_warning(tmp_path):
     small = ("--train.global_batch_size", "96", "--train.micro_batch_size", "16")
     _, remarks = forecast(context(tmp_path, *small), reports_with(known))
     assert [r.warning for r in remarks if r.text.startswith("a rank reads 20 clips/s, but steps would use")] == [True]
+
+
+def test_text_counts_as_far_as_its_length_is_known(tmp_path):
+    small = ("--train.global_batch_size", "96", "--train.micro_batch_size", "16", "--model.context_dim", "24")
+    of_text = context(tmp_path, *small)
+    without, _ = forecast(of_text, reports_with({}))
+    assert without["notes"] == ["text is not counted, as its length is the data's: give --data.shards"]
+    assert "  (text is not counted, as its length is the data's: give --data.shards)" in lines_of(
+        assemble(reports_with({}), CHECKS, HOSTS, [], without)
+    )
+    of_text.job = SimpleNamespace(
+        latent_space=SimpleNamespace(text_tokens=77), build_objective=lambda: torch.nn.Linear(2, 2)
+    )
+    known, _ = forecast(of_text, reports_with({}))
+    assert "notes" not in known
+    assert known["memory_gb"]["activations"] > 1.1 * without["memory_gb"]["activations"]
+    assert known["step_s"]["compute"] > 1.1 * without["step_s"]["compute"]
+
+
+def test_the_time_of_a_step_is_that_of_its_ds_config_and_not_of_a_cpu(tmp_path):
+    rate = {0: {"collectives": [{"scope": AMONG, "op": "all_reduce", "bytes": 2**28, "bus_gb_per_s": 100.0}]}}
+    small = ("--train.global_batch_size", "192", "--train.micro_batch_size", "16")
+    steps = []
+    for stage in (2, 1, 0):
+        of_stage = context(tmp_path, *small)
+        of_stage.ds_settings = {"zero_optimization": {"stage": stage}}
+        of_stage.device = SimpleNamespace(type="cpu")
+        estimated, _ = forecast(of_stage, reports_with(rate))
+        steps.append(estimated["step_s"])
+        assert len(estimated["notes"]) == 1 and estimated["notes"][0].startswith("on CPUs a step takes far longer")
+    assert steps[0]["reduction"] == pytest.approx(2 * steps[1]["reduction"])
+    assert steps[1]["gather"] > 0 == steps[2]["gather"]

@@ -1,7 +1,9 @@
 """Checks of one rank by itself: run_dir, shards, host, matrix products, git state."""
 
+import errno
 from argparse import Namespace
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +12,16 @@ import torch
 import torch.distributed as dist
 from data_helpers import write_frames, write_latents
 
-from ardiff.config import load
+from ardiff import cli
+from ardiff.config import Config, load, to_yaml
 from ardiff.data.mixture import open_data
 from ardiff.data.tar import ShardError
 from ardiff.errors import UserError
 from ardiff.preflight import compute, host, shards, software, storage
 from ardiff.preflight.checks import Context
 from ardiff.preflight.meeting import Meeting
-from launch import train
+from ardiff.preflight.result import Result
+from launch import preflight, train
 
 SMALL = [
     *("--model.hidden_size", "32", "--model.num_heads", "2", "--model.depth", "1"),
@@ -29,7 +33,8 @@ def context(tmp_path: Path, *overrides: str, run_dir: Path | None = None) -> Con
     meeting = Meeting(dist.HashStore(), 0, 1)
     options = Namespace(config="tiny", ds_config=None, run_dir=run_dir, quick=True, world_size=None)
     cpu = torch.device("cpu")
-    made = Context(options, [*SMALL, *overrides], train.build_job, train.NAME, meeting, ["here"], 0, cpu, 20.0)
+    program = (train.build_job, train.NAME, train.FIXED)
+    made = Context(options, [*SMALL, *overrides], *program, meeting, ["here"], 0, cpu, 20.0)
     made.config = load("tiny", made.overrides)
     return made
 
@@ -62,6 +67,54 @@ def test_a_run_dir_that_is_none_is_refused_and_the_others_hear_of_it(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         storage.check_run_dir(made)
     assert made.meeting.read("token", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "refused"),
+    [("model.depth", "2", True), ("data.stride", "2", True), ("train.max_steps", "77", False)],
+)
+def test_a_run_of_another_model_is_refused_as_train_does(tmp_path, setting, value, refused):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(context(tmp_path).config))
+    made = context(tmp_path, f"--{setting}", value, run_dir=run)
+    with made.clean_up:
+        if not refused:
+            assert not storage.check_run_dir(made).failures
+            return
+        with pytest.raises(UserError, match=f"holds a run of another model .*{setting}"):
+            storage.check_run_dir(made)
+
+
+@pytest.mark.parametrize("program", preflight.PROGRAMS)
+def test_what_a_program_fixes_are_settings(program):
+    fixed = preflight.PROGRAMS[program].FIXED
+    assert len(fixed) > 3 and "data.stride" in fixed
+    for name in fixed:
+        reduce(getattr, name.rstrip(".").split("."), Config())
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_checks(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["preflight.py", "--config", "tiny", "--json", str(tmp_path / "file" / "x.json")])
+    monkeypatch.setattr(preflight.program, "run", None)
+    with pytest.raises(UserError, match="is not a folder that can be written to"):
+        preflight.main()
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, cli.EXIT_USER_ERROR), (False, cli.EXIT_FAILURE)])
+def test_a_report_that_cannot_be_written_after_all_is_on_the_screen(tmp_path, monkeypatch, capsys, ok, code):
+    """A disk that has become full while the checks ran."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.json")
+
+    monkeypatch.setattr(preflight, "write_json", full)
+    failures = [] if ok else ["something is wrong"]
+    assert preflight.tell(Result(failures=failures), tmp_path / "x.json") == code
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].startswith(f"preflight: {'OK' if ok else 'FAILED'}")
+    assert told.err.startswith("error: ") and "No space left on device" in told.err
 
 
 def test_what_a_kill_leaves_is_in_no_runs_way(tmp_path):
