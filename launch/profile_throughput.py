@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone that is not installed
 
 from ardiff import cli
@@ -30,7 +28,7 @@ from ardiff.profiling.program import Plan, run
 from ardiff.profiling.scaling import gpus
 from ardiff.training import distributed
 from ardiff.training.engine import accumulation_steps, read_ds_config
-from ardiff.training.program import DS_CONFIGS
+from ardiff.training.program import default_ds_config
 from launch.train import build_job
 
 CHECKPOINTING = {"both": (False, True), "on": (True,), "off": (False,)}
@@ -94,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--trace", action="store_true", help="write a trace for Perfetto or TensorBoard to OUT/trace")
     add("--gpus", default="8..512", metavar="RANGE", help="scaling model: 8..512 (doubling) or a list (default 8..512)")
-    add("--gpus_per_node", type=int, default=8, help="of the machines that the scaling model speaks of (default 8)")
+    add("--gpus_per_node", type=int, help="in the scaling model (default: as here on several hosts, 8 on one)")
     add("--node_gb_per_s", type=float, help="bus bandwidth across nodes, GB/s (default: measured, or 90 assumed)")
     add("--peak_tflops", type=float, help="peak of a device, where none is known or another base is wanted")
     add(
@@ -114,14 +112,14 @@ def _prepare(parser: argparse.ArgumentParser) -> tuple[Config, dict[str, Any], P
     if options.out is None:
         raise UserError("missing --out (folder for profile.txt, profile.json and profile.png); see --help")
     for name, least in (("steps", 1), ("warmup", 0), ("gpus_per_node", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
     for name in ("node_gb_per_s", "peak_tflops"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} {value}: must be above 0")
-    default = DS_CONFIGS / ("zero2.json" if torch.cuda.is_available() else "zero2_cpu.json")
-    ds_settings = read_ds_config(options.ds_config or default)
+    ds_settings = read_ds_config(options.ds_config or default_ds_config())
     accumulation_steps(config, int(os.environ["WORLD_SIZE"]))
     options.out.mkdir(parents=True, exist_ok=True)
     configured = (config.model.activation_checkpointing,)

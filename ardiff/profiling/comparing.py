@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from ardiff.errors import UserError
 from ardiff.profiling.links import Links
 from ardiff.profiling.program import VERSION
 from ardiff.profiling.scaling import Compute, predict
+from ardiff.profiling.timeline import GATHER, REDUCTION
 
 PROFILE = "profile.json"
+SAME = ("model", "precision", "zero_stage", "overlap_comm", "activation_checkpointing")  # settings; batches may differ
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,29 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if not isinstance(found, dict) or found.get("version") != VERSION:
         raise UserError(f"{path}: not a profile of version {VERSION}; profile again")
+    try:
+        Compute(**found["compute"])
+        Links.from_json(found["links"])
+        parts, setting = found["step"]["parts_ms"], found["setting"]
+        _ = (found["machine"]["ranks"], found["step"]["step_ms"], parts[REDUCTION], parts[GATHER])
+        _ = [setting[name] for name in SAME]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole profile ({error!r}); profile again") from error
     return found
 
 
 def compare(profiles: Sequence[dict[str, Any]]) -> list[Check]:
-    """Every profile predicts those on more ranks: by the collectives measured there, and by its own, extrapolated."""
+    """Every profile predicts those on more ranks: by the collectives measured there, and by its own, extrapolated.
+
+    Raises UserError where they are of different trainings.
+    """
+    for other in profiles[1:]:
+        for name in SAME:
+            one, two = profiles[0]["setting"][name], other["setting"][name]
+            if one != two:
+                raise UserError(
+                    f"--compare: profiles of different trainings: {name} is {one} in one and {two} in another"
+                )
     by_ranks = sorted(profiles, key=lambda profile: profile["machine"]["ranks"])
     checks = []
     for number, source in enumerate(by_ranks):
@@ -70,7 +90,7 @@ def compare(profiles: Sequence[dict[str, Any]]) -> list[Check]:
             for links_of in [target] if compute.ranks == 1 else [target, source]:
                 found = predict(
                     compute,
-                    Links.from_json(links_of["links"]),
+                    replace(Links.from_json(links_of["links"]), ranks_per_node=target["links"]["ranks_per_node"]),
                     there.ranks,
                     there.global_batch_size,
                     there.micro_batch_size,
@@ -85,7 +105,7 @@ def compare(profiles: Sequence[dict[str, Any]]) -> list[Check]:
                         target["step"]["step_ms"],
                         found.compute_ms,
                         found.reduction_ms + found.gather_ms + found.waiting_ms,
-                        parts["reduction"] + parts["weight gather"],
+                        parts[REDUCTION] + parts[GATHER],
                     )
                 )
     return checks

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ardiff.monitor.estimates import Zero
 from ardiff.profiling.timeline import BACKWARD, COPY, EMA, FORWARD, GATHER, OPTIMIZER, REDUCTION, REST, Timeline
 from ardiff.training.trainer import Trainer
 
@@ -80,7 +81,7 @@ def attached(trainer: Trainer, timeline: Timeline, traffic: Traffic) -> Iterator
         (zero, "step", step),
         (trainer.ema, "update", _timed(timeline, EMA)),
     ]
-    if overlaps(engine.ds_config) and hasattr(zero.optimizer, "independent_gradient_partition_epilogue"):
+    if Zero.of(engine.ds_config).overlap and hasattr(zero.optimizer, "independent_gradient_partition_epilogue"):
         changed.append((zero.optimizer, "independent_gradient_partition_epilogue", _timed(timeline, REDUCTION)))
     for names, part in ((_REDUCTIONS, REDUCTION), (_GATHERS, GATHER)):
         for name, position in names.items():
@@ -90,11 +91,6 @@ def attached(trainer: Trainer, timeline: Timeline, traffic: Traffic) -> Iterator
     with _replaced(changed):
         yield
     engine.forward_timer = before
-
-
-def overlaps(ds_config: dict[str, Any]) -> bool:
-    """Whether ZeRO reduces gradients while the backward pass goes on."""
-    return bool(ds_config.get("zero_optimization", {}).get("overlap_comm", False))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ardiff.profiling.instruments import Traffic, attached
@@ -30,6 +31,18 @@ class Kernel:
     def as_json(self) -> dict[str, Any]:
         """For profile.json."""
         return asdict(self)
+
+
+def own_microseconds(event: Any, on_gpu: bool) -> float:
+    """What a row of torch's `key_averages` adds to the time of kernels, 0 for rows that are none.
+
+    On a GPU the row of an operator repeats the time of the kernels that it starts, which have rows of their own.
+    """
+    if event.is_user_annotation or event.key.startswith(("part: ", "ProfilerStep")):
+        return 0.0
+    if on_gpu:
+        return 0.0 if event.device_type == DeviceType.CPU else float(event.self_device_time_total)
+    return float(event.self_cpu_time_total)
 
 
 def kernels(trainer: Trainer, trace: Path | None, steps: int = STEPS) -> list[Kernel]:
@@ -58,8 +71,8 @@ def kernels(trainer: Trainer, trace: Path | None, steps: int = STEPS) -> list[Ke
         profiler.export_chrome_trace(str(trace))
     found = []
     for event in profiler.key_averages():
-        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if own > 0 and not event.is_user_annotation and not event.key.startswith(("part: ", "ProfilerStep")):
+        own = own_microseconds(event, on_gpu)
+        if own > 0:
             found.append((event.key, event.count / steps, own / 1000 / steps))
     everything = sum(ms for _, _, ms in found)
     found.sort(key=lambda row: -row[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +67,7 @@ def fit(found: Sequence[Measured]) -> dict[str, Link]:
 class Links:
     """How ranks are connected: links among the ranks of a node, and among all where these are on several nodes.
 
-    assumed: what was not measured here and stands in, in words.
+    ranks_per_node: of the node with most. assumed: what was not measured here and stands in, in words.
     """
 
     ranks_per_node: int
@@ -106,26 +107,16 @@ ASSUMED_WITHIN, ASSUMED_ACROSS = 155.0, 90.0
 ASSUMED_ALPHA = 40e-6
 
 
-def measured_links(world: World, ranks_per_node: int, node_gb_per_s: float | None) -> Links:
+def measured_links(world: World, node_gb_per_s: float | None) -> Links:
     """Measure (collective) and fit; what cannot be measured here is assumed, and said.
 
-    ranks_per_node: of the machines that the model is to speak of. node_gb_per_s: bus bandwidth across nodes, instead of
-    what is measured or assumed.
+    node_gb_per_s: bus bandwidth across nodes, instead of what is measured or assumed.
     """
-    kind = world.device.type
-    nodes = world.size // world.local_size if world.local_size else 1
+    nodes = nodes_of(world.gather(platform.node()))
     everywhere = _measure(world, None) if world.size > 1 else []
-    inside: list[Measured] = []
-    if nodes > 1 and world.local_size > 1:
-        groups = [
-            dist.new_group(list(range(node * world.local_size, (node + 1) * world.local_size))) for node in range(nodes)
-        ]
-        inside = _measure(world, groups[world.rank // world.local_size])
-        for group in groups:
-            if dist.get_rank(group) >= 0:
-                dist.destroy_process_group(group)
+    inside = _measure_inside(world, nodes) if 1 < len(nodes) < world.size else []
     assumed: list[str] = []
-    if nodes > 1:
+    if len(nodes) > 1:
         across, within = fit(everywhere), fit(inside)
     else:
         across, within = {}, fit(everywhere)
@@ -136,7 +127,7 @@ def measured_links(world: World, ranks_per_node: int, node_gb_per_s: float | Non
     if node_gb_per_s is not None:
         across = _assumed(node_gb_per_s)
         assumed.append(f"bus bandwidth across nodes: {node_gb_per_s:g} GB/s, as given")
-    elif not across and kind == "cpu" and everywhere:
+    elif not across and world.device.type == "cpu" and everywhere:
         across = within
         assumed.append("bus bandwidth across nodes: that inside this one, not measured here")
     elif not across:
@@ -144,7 +135,33 @@ def measured_links(world: World, ranks_per_node: int, node_gb_per_s: float | Non
         assumed.append(
             f"bus bandwidth across nodes: {ASSUMED_ACROSS:g} GB/s (4 cards of 200 Gb/s a node), not measured here"
         )
-    return Links(ranks_per_node, within, across, [*inside, *everywhere], assumed)
+    return Links(max(map(len, nodes)), within, across, [*inside, *everywhere], assumed)
+
+
+def nodes_of(hosts: Sequence[str]) -> list[list[int]]:
+    """The ranks of every host, in the order of the ranks. hosts: of every rank."""
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        found.setdefault(host, []).append(rank)
+    return list(found.values())
+
+
+def _measure_inside(world: World, nodes: Sequence[Sequence[int]]) -> list[Measured]:
+    """Every node by itself, all at once (collective); what the first of the largest ones found, on all ranks."""
+    own: dist.ProcessGroup | None = None
+    for node in nodes:  # every rank makes every group, in the same order
+        group = dist.new_group(list(node))
+        if world.rank in node:
+            own = group
+    assert own is not None
+    found: list[Measured] = []
+    if dist.get_world_size(own) > 1:
+        found = _measure(world, own)
+    else:
+        world.barrier()  # as the others do before they measure
+    everyone = world.gather(found)
+    dist.destroy_process_group(own)
+    return everyone[max(nodes, key=len)[0]]
 
 
 def _measure(world: World, group: dist.ProcessGroup | None) -> list[Measured]:

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import resource
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ardiff.config import Config
-from ardiff.monitor import estimates
 from ardiff.monitor.memory import GB, host_memory
-from ardiff.profiling.instruments import overlaps
 from ardiff.training.trainer import Trainer
-
-DEEPSPEED_BUCKET = 500_000_000  # elements: what DeepSpeed takes where the ds_config says nothing
-
-
-def estimated(config: Config, ds_settings: dict[str, Any], world_size: int, on_gpu: bool) -> dict[str, float]:
-    """`estimates.memory` for a configuration under a ds_config: GiB by kind."""
-    zero = ds_settings.get("zero_optimization", {})
-    return estimates.memory(
-        config,
-        world_size,
-        "bf16" if ds_settings.get("bf16", {}).get("enabled") else "fp32",
-        int(zero.get("stage", 0)),
-        bucket=int(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)),
-        overlap=overlaps(ds_settings),
-        on_gpu=on_gpu,
-    )
 
 
 def held(trainer: Trainer) -> dict[str, float]:

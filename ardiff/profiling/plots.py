@@ -144,7 +144,9 @@ def _sweep(sheet: _Sheet, sweep: dict[str, Any], box: tuple[int, int, int, int])
                 sheet.text((x + wide / 2, bottom - 6), words, 15, "ms", (150, 0, 0))
                 continue
             height = (bottom - top) * rate / limit
-            sheet.draw.rectangle((x + 3, bottom - height, x + wide - 3, bottom), fill=LINES[number and 1])
+            sheet.draw.rectangle(
+                (x + 3, bottom - height, x + wide - 3, bottom), fill=LINES[int(one["activation_checkpointing"])]
+            )
             is_best = one == sweep["best"]
             sheet.text((x + wide / 2, bottom - height - 4), f"{rate:.3g}" + (" best" if is_best else ""), 17, "ms")
     sheet.text(((left + right) / 2, bottom + 34), "micro-batch (clips)", 20, "ma")
@@ -163,8 +165,9 @@ def _scaling(sheet: _Sheet, scaling: dict[str, Any], box: tuple[int, int, int, i
         sheet.draw.line((x, top - 4, x + 24, top - 4), fill=LINES[number], width=4)
         sheet.text((x + 32, top - 17), curves[name], 19)
     top += 40
-    first = scaling[drawn[0]][0]["ranks"]
-    limit = _axes(sheet, (left, top, right, bottom), 1.0, f"share of that on {first}", percent=True)
+    bases = dict.fromkeys(scaling[name][0]["ranks"] for name in drawn)  # the curves may begin at different numbers
+    share = f"share of that on {', '.join(map(str, bases))}"
+    limit = _axes(sheet, (left, top, right, bottom), 1.0, share, percent=True)
     numbers = sorted({one["ranks"] for name in drawn for one in scaling[name]})
     low, high = math.log2(numbers[0]), math.log2(max(numbers[-1], 2 * numbers[0]))
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ import torch
 from ardiff.config import Config
 from ardiff.data.urls import split_credentials
 from ardiff.errors import UserError
-from ardiff.monitor.estimates import BYTES, node_memory, num_parameters
+from ardiff.monitor.estimates import BYTES, Zero, memory_under, node_memory, num_parameters
 from ardiff.monitor.throughput import peak_flops
 from ardiff.preflight.compute import SIDE, matmul_rate
 from ardiff.profiling import kernels, links, memory, rates, scaling
-from ardiff.profiling.instruments import overlaps
 from ardiff.profiling.session import Measured, built, measure, profiled, session
 from ardiff.profiling.sweep import MARGIN, Candidate, best, default_sizes, out_of_memory, sweep
-from ardiff.profiling.synthetic import TEXT_TOKENS, synthetic_latents
+from ardiff.profiling.synthetic import synthetic_latents
 from ardiff.profiling.timeline import GATHER, REDUCTION
 from ardiff.training import run_dir
 from ardiff.training.distributed import World
@@ -43,7 +42,8 @@ class Plan:
     """What is asked for besides the configuration.
 
     sizes: of micro-batches to sweep, None for those around the configured one, empty for no sweep. checkpointing: to
-    sweep. peak_tflops: of one device, instead of what is known of it.
+    sweep. ranks_per_node: of the machines that the model of scaling speaks of, None for `model_nodes`. peak_tflops: of
+    one device, instead of what is known of it.
     """
 
     steps: int = 20
@@ -52,7 +52,7 @@ class Plan:
     checkpointing: tuple[bool, ...] = (False, True)
     trace: bool = False
     gpus: tuple[int, ...] = ()
-    ranks_per_node: int = 8
+    ranks_per_node: int | None = None
     node_gb_per_s: float | None = None
     peak_tflops: float | None = None
 
@@ -70,6 +70,8 @@ def run(
     synthetic = not (config.data.shards or config.data.mixture)
     config = profiled(copy.deepcopy(config), plan.steps)
     work = out / "work"
+    _remove(work, world)  # of a profile that was ended
+    world.barrier()
     try:
         with contextlib.ExitStack() as stack:
             if synthetic:
@@ -78,8 +80,13 @@ def run(
             stack.enter_context(_reports_aside(out / "training.log", world))
             return _profile(build_job, config, ds_settings, world, out, plan, say, synthetic)
     finally:
-        if world.is_main:
-            shutil.rmtree(work, ignore_errors=True)
+        _remove(work, world)
+
+
+def _remove(folder: Path, world: World) -> None:
+    """On every node, as each may have a disk of its own."""
+    if world.local_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _profile(
@@ -101,25 +108,26 @@ def _profile(
     candidates: list[Candidate] = []
     sizes = default_sizes(config, world.size) if plan.sizes is None else plan.sizes
     if sizes:
+        work, modes = out / "work", plan.checkpointing
         candidates = sweep(
-            build_job, config, ds_settings, world, out / "work", sizes, plan.checkpointing, plan.steps, say
+            build_job, config, ds_settings, world, work, sizes, modes, plan.steps, say, found.num_context
         )
     if world.size > 1:
         say("bandwidth of collectives")
-    linked = links.measured_links(world, plan.ranks_per_node, plan.node_gb_per_s)
+    linked = links.measured_links(world, plan.node_gb_per_s)
     if not world.is_main:
         return {}
-    parameters, zero = num_parameters(config), ds_settings.get("zero_optimization", {})
+    parameters, zero = num_parameters(config), Zero.of(ds_settings)
     compute = scaling.compute_of(
         measured.mean_parts,
         world.size,
         config.train.micro_batch_size,
         config.train.global_batch_size,
-        stage=int(zero.get("stage", 0)),
-        overlap=overlaps(ds_settings),
+        stage=zero.stage,
+        overlap=zero.overlap,
         parameters=parameters,
         width=BYTES[precision],
-        bucket=int(zero.get("reduce_bucket_size", memory.DEEPSPEED_BUCKET)),
+        bucket=zero.bucket,
         gathers=found.groups,
         reduce_calls=sum(sent.calls for name, sent in measured.sent.items() if "gather" not in name),
         speed=measured.speed,
@@ -131,7 +139,7 @@ def _profile(
         "machine": _machine(world),
         "setting": _setting(config, compute, precision, parameters, plan, synthetic),
         "step": measured.as_json(),
-        "rates": _rates(config, measured, world, plan, matmul, TEXT_TOKENS if synthetic else None),
+        "rates": _rates(config, measured, world, plan, matmul, found.num_context),
         "memory": found.memory,
         "kernels": [kernel.as_json() for kernel in found.kernels],
         "trace": str(found.trace) if found.trace else None,
@@ -139,7 +147,7 @@ def _profile(
         "traffic": _traffic(measured, compute),
         "links": linked.as_json(),
         "compute": compute.as_json(),
-        "scaling": _scaling_json(compute, linked, plan.gpus),
+        "scaling": _scaling_json(compute, linked, plan),
         "versions": run_dir.versions(),
     }
 
@@ -167,17 +175,16 @@ def _setting(
 
 
 def _rates(
-    config: Config, measured: Measured, world: World, plan: Plan, matmul: float, text_tokens: int | None
+    config: Config, measured: Measured, world: World, plan: Plan, matmul: float, num_context: int | None
 ) -> dict[str, Any]:
     """Speeds, and what they are shares of. matmul: FLOP/s of a plain matrix product."""
-    context = text_tokens if config.model.context_dim else None
     peak = plan.peak_tflops * 1e12 if plan.peak_tflops else peak_flops(world.device)
-    speeds = rates.rates(config, measured.step_ms / 1000, world.size, peak, context)
+    speeds = rates.rates(config, measured.step_ms / 1000, world.size, peak, num_context)
     return {
         **speeds.as_json(),
         "convention": MASK_CONVENTION,
-        "training_gflops_per_clip": rates.training_flops(config.model, context) / 1e9,
-        "training_gflops_per_clip_dense": rates.training_flops(config.model, context, dense=True) / 1e9,
+        "training_gflops_per_clip": rates.training_flops(config.model, num_context) / 1e9,
+        "training_gflops_per_clip_dense": rates.training_flops(config.model, num_context, dense=True) / 1e9,
         "peak_tflops": peak / 1e12 if peak else None,
         "peak_from": "--peak_tflops" if plan.peak_tflops else "the data sheet (dense bf16)" if peak else None,
         "matmul_tflops": matmul / 1e12,
@@ -195,6 +202,7 @@ class _Found:
     kernels: list[kernels.Kernel]
     trace: Path | None
     groups: int  # of parameters
+    num_context: int | None  # tokens of text in front of the frames, where the model reads any
 
 
 def _train(
@@ -224,14 +232,15 @@ def _train(
                 "--model.activation_checkpointing true"
             ) from error
         raise
+    num_context = job.latent_space.text_tokens if job.latent_space and config.model.context_dim else None
     found = {
-        "estimated_gb": memory.estimated(config, ds_settings, world.size, on_gpu),
+        "estimated_gb": memory_under(config, ds_settings, world.size, on_gpu, num_context),
         "held_gb": kinds,
         "host_estimated_gb": node_memory(config, world.size, world.local_size),
         "peak_gb": max(peaks),
         "peak_of": "allocated on the GPU" if on_gpu else "the process, program and libraries included",
     }
-    return _Found(measured, precision, found, table, trace if world.is_main else None, groups)
+    return _Found(measured, precision, found, table, trace if world.is_main else None, groups, num_context)
 
 
 @contextmanager
@@ -287,10 +296,17 @@ def _traffic(measured: Measured, compute: scaling.Compute) -> dict[str, Any]:
     }
 
 
-def _scaling_json(compute: scaling.Compute, linked: links.Links, gpus: tuple[int, ...]) -> dict[str, Any]:
+def model_nodes(linked: links.Links, ranks: int) -> int:
+    """Ranks per node of larger clusters: as here where `ranks` are on several nodes, otherwise 8 at least."""
+    return linked.ranks_per_node if ranks > linked.ranks_per_node else max(8, ranks)
+
+
+def _scaling_json(compute: scaling.Compute, linked: links.Links, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    per_node = plan.ranks_per_node or model_nodes(linked, compute.ranks)
+    there = replace(linked, ranks_per_node=per_node)
     for name, model in (("weak", scaling.weak), ("strong", scaling.strong)):
-        predicted = model(compute, linked, gpus)
+        predicted = model(compute, there, plan.gpus)
         shares = scaling.efficiencies(predicted) if predicted else []
         found[name] = [{**one.as_json(), "efficiency": share} for one, share in zip(predicted, shares, strict=True)]
     overlap = "hidden behind the backward pass but for the last bucket" if compute.overlap else "not overlapped"
@@ -300,6 +316,7 @@ def _scaling_json(compute: scaling.Compute, linked: links.Links, gpus: tuple[int
         if compute.ranks > 1
         else "no rank is slower than the others",
         "data wait, logging and rest stay as measured",
+        f"{per_node} rank(s) on every node",
         *linked.assumed,
     ]
     return found

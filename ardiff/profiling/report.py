@@ -104,8 +104,8 @@ def _breakdown(profile: dict[str, Any]) -> str:
     return (
         "A step by part (mean over ranks)\n"
         + table(["part", "ms", "share", "longest rank"], rows)
-        + f"\n  sum against the steps timed: {step['sum_against_timed_step']:+.2%}, against steps without the "
-        f"stop-watch: {step['sum_against_step']:+.2%} (its overhead: {step['overhead_of_timing']:+.2%})"
+        + f"\n  sum against the steps timed: {step['sum_against_timed_step']:+.2%}, against the median step "
+        f"without the stop-watch: {step['sum_against_step']:+.2%} (its overhead: {step['overhead_of_timing']:+.2%})"
     )
 
 

@@ -5,6 +5,7 @@
             + data wait + logging + rest                        as measured
             + reductions(n) * exposed(all-reduce of the gradients) + all-reduces of norms
             + all-gather of the weights
+            + waiting for slower ranks                          in proportion to compute
 
 ZeRO-2 reduces after every micro-step, ZeRO-1 and 0 once per step, and what DeepSpeed 0.19 sends for it is an all-reduce
 (use_multi_rank_bucket_allreduce), in the dtype of the computation. Where ZeRO overlaps reduction and backward pass,

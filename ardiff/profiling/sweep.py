@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ardiff.config import Config
-from ardiff.profiling.memory import estimated, peak_gb, reset_peak, room_gb
+from ardiff.monitor.estimates import memory_under
+from ardiff.profiling.memory import peak_gb, reset_peak, room_gb
 from ardiff.profiling.session import built, measure, session
 from ardiff.training.distributed import World
 from ardiff.training.job import Job
@@ -64,8 +65,12 @@ def sweep(
     checkpointing: Sequence[bool],
     steps: int,
     say: Callable[[str], None],
+    num_context: int | None = None,
 ) -> list[Candidate]:
-    """Train a few steps with every setting (collective). What runs out of memory is noted, and larger ones left out."""
+    """Train a few steps with every setting (collective). What runs out of memory is noted, and larger ones left out.
+
+    num_context: tokens of text in front of the frames, for the estimate of memory.
+    """
     found: list[Candidate] = []
     for recompute in checkpointing:
         full = False
@@ -76,7 +81,7 @@ def sweep(
             elif config.train.global_batch_size % (size * world.size):
                 result = _noted(asked, f"does not divide the global batch of {config.train.global_batch_size}")
             else:
-                result = _try(build_job, _with(config, asked), ds_settings, world, folder, steps, asked)
+                result = _try(build_job, _with(config, asked), ds_settings, world, folder, steps, asked, num_context)
                 full = result.clips_per_s is None
             say(_line(result))
             found.append(result)
@@ -123,19 +128,20 @@ def _try(
     folder: Path,
     steps: int,
     asked: Candidate,
+    num_context: int | None,
 ) -> Candidate:
     on_gpu = world.device.type == "cuda"
-    expected = estimated(config, ds_settings, world.size, on_gpu)["total"]
+    expected = memory_under(config, ds_settings, world.size, on_gpu, num_context)["total"]
     room = min(world.gather(room_gb(world.device, world.local_size) or float("inf")))
     if not on_gpu and expected > room:  # a host does not refuse memory: it ends the process
         note = f"not tried: about {expected:.1f} GiB are needed, and {room:.1f} are there"
         return Candidate(asked.micro_batch_size, asked.activation_checkpointing, estimated_gb=expected, note=note)
-    reset_peak(world.device)
     milliseconds = None
     try:
         with session(built(build_job, config, world), folder, ds_settings, world) as trainer:
             # Only where a pass fits on all ranks do they begin steps in which they wait for each other.
             if all(world.gather(not on_gpu or _pass_fits(trainer))):
+                reset_peak(world.device)  # the pass that was tried holds all gradients at once, training does not
                 milliseconds = measure(trainer, min(steps, WARMUP), min(steps, STEPS)).median_ms
     except BaseException as error:
         if not out_of_memory(error):

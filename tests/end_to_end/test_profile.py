@@ -11,10 +11,21 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 from processes import SMALL, launcher, run
 
+from ardiff.config import load
+from ardiff.profiling.rates import training_flops
+from ardiff.profiling.synthetic import TEXT_TOKENS
 from ardiff.profiling.timeline import PARTS
+from launch import profile_throughput
 
 pytestmark = pytest.mark.launcher
-PROGRAM = ["launch/profile_throughput.py", "--ds_config", "ds_configs/zero2_cpu.json", *SMALL]
+PROGRAM = [
+    "launch/profile_throughput.py",
+    "--ds_config",
+    "ds_configs/zero2_cpu.json",
+    *SMALL,
+    "--model.context_dim",
+    "8",
+]
 QUICK = ["--train.micro_batch_size", "2", "--steps", "6", "--warmup", "1"]
 
 
@@ -25,7 +36,7 @@ def profiles(tmp_path_factory):
     found = {}
     for kind, ranks, more in (
         ("python", 1, ["--micro_batches", "none", "--peak_tflops", "0.1"]),
-        ("torchrun", 2, ["--trace", "--micro_batches", "1,4,3", "--checkpointing", "both"]),
+        ("ranks", 2, ["--trace", "--micro_batches", "1,3", "--checkpointing", "on"]),
     ):
         code, output = run([*launcher(kind, ranks), *PROGRAM, *QUICK, *more, "--out", str(folder / str(ranks))])
         assert code == 0, output
@@ -41,7 +52,9 @@ def read(profiles, ranks):
 def test_parts_add_up_to_the_step(profiles, ranks):
     step = read(profiles, ranks)["step"]
     assert set(step["parts_ms"]) == set(PARTS) and len(step["parts_ms_by_rank"]) == ranks
-    assert sum(step["parts_ms"].values()) == pytest.approx(step["timed_step_ms"], rel=0.05)
+    assert sum(step["parts_ms"].values()) == pytest.approx(step["timed_step_ms"], rel=0.05)  # the same steps
+    # Medians of these and of other steps, without the stop-watch: alone on a machine 5 %, here other tests take turns.
+    assert abs(step["sum_against_step"]) < 0.5, step
     assert len(step["step_ms_all"]) == 6
     for name in ("forward", "backward", "optimizer", "reduction"):
         assert step["parts_ms"][name] > 0, name
@@ -61,6 +74,8 @@ def test_figures_agree_with_each_other(profiles):
     rates, step = found["rates"], found["step"]
     assert rates["clips_per_s"] == pytest.approx(8 / (step["step_ms"] / 1000))
     assert rates["mfu"] == pytest.approx(rates["tflops_per_device"] / 0.1)
+    model = load("tiny", [*SMALL[2:], "--model.context_dim", "8"]).model
+    assert rates["training_gflops_per_clip"] == pytest.approx(training_flops(model, TEXT_TOKENS) / 1e9)
     assert found["memory"]["held_gb"]["optimizer"] == pytest.approx(
         found["memory"]["estimated_gb"]["optimizer"], rel=0.05
     )
@@ -71,9 +86,7 @@ def test_figures_agree_with_each_other(profiles):
 def test_sweep_names_the_best(profiles):
     sweep = read(profiles, 2)["sweep"]
     measured = [one for one in sweep["candidates"] if one["clips_per_s"] is not None]
-    assert {(one["micro_batch_size"], one["activation_checkpointing"]) for one in measured} == {
-        (size, mode) for size in (1, 4) for mode in (False, True)
-    }
+    assert {(one["micro_batch_size"], one["activation_checkpointing"]) for one in measured} == {(1, True)}
     assert sweep["best"]["clips_per_s"] == max(one["clips_per_s"] for one in measured)
     left_out = [one for one in sweep["candidates"] if one["micro_batch_size"] == 3]
     assert all("does not divide" in one["note"] for one in left_out)
@@ -96,10 +109,11 @@ def test_files(profiles):
     assert {"part: forward", "part: backward", "part: optimizer", "part: EMA", "aten::mm"} <= names
 
 
-def test_the_model_is_checked_with_profiles_of_other_numbers_of_ranks(profiles, tmp_path):
+def test_the_model_is_checked_with_profiles_of_other_numbers_of_ranks(profiles, tmp_path, monkeypatch, capsys):
     folders = [str(folder) for folder, _ in profiles.values()]
-    code, output = run([*launcher("python", 1), PROGRAM[0], "--compare", *folders, "--out", str(tmp_path)])
-    assert code == 0 and "1 -> 2" in output
+    monkeypatch.setattr(sys, "argv", ["profile", "--compare", *folders, "--out", str(tmp_path)])
+    assert profile_throughput.main() == 0
+    assert "1 -> 2" in capsys.readouterr().out
     (check,) = json.loads((tmp_path / "scaling.json").read_text())
     measured = read(profiles, 2)["step"]["step_ms"]
     assert check["measured_ms"] == measured

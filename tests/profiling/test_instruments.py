@@ -55,6 +55,9 @@ def test_measured_compares_sum_and_steps():
     assert found.mean_parts == dict.fromkeys(PARTS, 2.0) and found.step_ms == 18.0
     assert found.sum_error == pytest.approx(0.0) and found.overhead == pytest.approx(20 / 18 - 1)
     assert found.as_json()["sum_against_step"] == pytest.approx(20 / 18 - 1)
+    disturbed = Measured([18.0, 18.0, 99.0], [20.0, 20.0, 80.0], [dict.fromkeys(PARTS, 4.4)], {}, 0.0)
+    assert disturbed.sum_error == pytest.approx(0.1) and disturbed.step_ms == 45.0
+    assert disturbed.sum_against_step == pytest.approx(1.1 * 20 / 18 - 1)  # by medians
 
 
 def test_a_job_that_one_rank_cannot_build_is_refused_on_all():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from ardiff.monitor.collectives import Measured
 from ardiff.profiling import links
-from ardiff.profiling.links import Link, Links, fit, measured_links
+from ardiff.profiling.links import Link, Links, fit, measured_links, nodes_of
 from ardiff.training.distributed import World
 
 
@@ -59,10 +59,11 @@ def alone(tmp_path):
 
 
 def test_one_rank_measures_nothing_and_says_so(alone):
-    found = measured_links(alone, 8, None)
+    found = measured_links(alone, None)
+    assert found.ranks_per_node == 1
     assert found.measured == [] and len(found.assumed) == 2
     assert found.within["all_reduce"].gb_per_s == links.ASSUMED_WITHIN
-    given = measured_links(alone, 8, 42.0)
+    given = measured_links(alone, 42.0)
     assert given.across["all_gather"].gb_per_s == 42.0 and "as given" in given.assumed[-1]
 
 
@@ -75,3 +76,52 @@ def test_disturbed_rounds_do_not_count(alone, monkeypatch):
 
     monkeypatch.setattr(links, "measure", measure)
     assert [one.seconds for one in links._measure(alone, None)] == [0.001]
+
+
+class OneOfMany:
+    """A rank on one of some hosts, which notes what all ranks must do alike."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank, hosts, nodes):
+        self.rank, self.size, self.hosts, self.nodes, self.together = rank, len(hosts), hosts, nodes, []
+
+    def gather(self, value):
+        self.together.append("gather")
+        if isinstance(value, str):
+            return self.hosts
+        own = [next(node for node in self.nodes if rank in node) for rank in range(self.size)]
+        return [measurements(len(node)) if len(node) > 1 else [] for node in own]
+
+    def barrier(self):
+        self.together.append("barrier")
+
+
+@pytest.mark.parametrize("hosts", [["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "a", "a", "b", "c"]])
+def test_ranks_of_uneven_hosts_make_the_same_groups(monkeypatch, hosts):
+    nodes = nodes_of(hosts)
+    largest = max(map(len, nodes))
+    seen = []
+    for rank in range(len(hosts)):
+        world, within = OneOfMany(rank, hosts, nodes), []
+
+        def new_group(ranks, world=world):
+            world.together.append(tuple(ranks))
+            return ranks if world.rank in ranks else None
+
+        def measure(world, group, within=within):
+            world.barrier()
+            within.append(group)
+            return measurements(len(group or hosts))
+
+        monkeypatch.setattr(links.dist, "new_group", new_group)
+        monkeypatch.setattr(links.dist, "get_world_size", len)
+        monkeypatch.setattr(links.dist, "destroy_process_group", lambda group: None)
+        monkeypatch.setattr(links, "_measure", measure)
+        found = measured_links(world, None)
+        own = next(node for node in nodes if rank in node)
+        assert within == ([None, own] if len(own) > 1 else [None])
+        assert found.ranks_per_node == found.within["all_reduce"].ranks == largest
+        assert found.across["all_reduce"].ranks == len(hosts)
+        seen.append(world.together)
+    assert all(one == seen[0] for one in seen) and seen[0].count("barrier") == 2

@@ -6,6 +6,7 @@ import pytest
 
 from ardiff.config import load
 from ardiff.errors import UserError
+from ardiff.monitor.throughput import dit_flops
 from ardiff.profiling.synthetic import TEXT_TOKENS, write_latents
 from launch import profile_throughput
 from launch.train import build_job
@@ -24,7 +25,7 @@ def test_options_become_a_plan(monkeypatch, tmp_path):
     assert config.train.seed == 7 and ds_settings["zero_optimization"]["stage"] == 2
     assert prepare(monkeypatch, tmp_path)[2].sizes is None
     _, _, plan = prepare(monkeypatch, tmp_path, "--micro_batches", "none", "--checkpointing", "configured")
-    assert plan.sizes == [] and plan.checkpointing == (False,)
+    assert plan.sizes == [] and plan.checkpointing == (False,) and plan.ranks_per_node is None
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_options_become_a_plan(monkeypatch, tmp_path):
         (["--gpus", "512..8"], r"--gpus 512\.\.8: must be whole numbers above 0, as in 8\.\.512"),
         (["--micro_batches", "4,no"], "--micro_batches 4,no: must be whole numbers"),
         (["--micro_batches", "0"], "must be whole numbers above 0"),
+        (["--gpus_per_node", "0"], "--gpus_per_node 0: must be at least 1"),
         (["--peak_tflops", "-3"], "--peak_tflops -3.0: must be above 0"),
         (["--checkpointing", "maybe"], "must be one of both, on, off, configured"),
         (["--train.micro_batch_size", "3"], "train.global_batch_size = 8 is no multiple"),
@@ -68,5 +70,7 @@ def test_synthetic_latents_are_what_training_reads(tmp_path, settings):
     assert tensors["mask"].all() and tensors["latents"].std() > 0
     if model.num_classes:
         assert set(tensors["label"].tolist()) <= {0, 1, 2, 3}
+    context = TEXT_TOKENS if model.context_dim else 0
+    assert feed.flops_per_clip == dit_flops(model, num_context=context)
     if model.context_dim:
-        assert tensors["context"].shape == (4, TEXT_TOKENS, 8)
+        assert feed.flops_per_clip > dit_flops(model) and tensors["context"].shape == (4, TEXT_TOKENS, 8)

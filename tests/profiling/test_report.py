@@ -160,6 +160,25 @@ def test_picture_shows_parts_in_proportion(profile):
     assert plots.COLOURS[BACKWARD] == (0, 114, 178)
 
 
+@pytest.mark.parametrize("mode", [False, True])
+def test_picture_of_one_mode_has_its_colour(profile, mode):
+    """Bars have the colour of the legend, also where only one kind was swept."""
+    profile["sweep"]["candidates"] = [candidate(16, mode, 457.1), candidate(32, mode, 812.0)]
+    profile["scaling"] |= {"weak": [], "strong": []}
+    pixels = np.asarray(plots.picture(profile))
+    drawn, other = ((pixels == plots.LINES[int(kind)]).all(axis=-1).sum() for kind in (mode, not mode))
+    bar = (pixels == plots.COLOURS[BACKWARD]).all(axis=-1).sum() if plots.COLOURS[BACKWARD] in plots.LINES else 0
+    assert drawn > 5000 and other <= bar
+
+
+def test_picture_names_what_each_curve_is_a_share_of(profile, monkeypatch):
+    said = []
+    monkeypatch.setattr(plots._Sheet, "turned", lambda sheet, at, words: said.append(words))
+    profile["scaling"]["strong"] = [predicted(24), predicted(48)]
+    plots.picture(profile)
+    assert "share of that on 8, 24" in said
+
+
 def test_comparison_names_ranks_and_errors():
     words = report.comparison([Check(1, 2, 2, 90.0, 100.0, 75.0, 15.0, 17.0)])
     assert "1 -> 2" in words and "-10.0%" in words and "17.0" in words

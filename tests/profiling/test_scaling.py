@@ -1,13 +1,29 @@
 """The model of a step on any number of ranks, by hand."""
 
+import math
+
+import numpy as np
 import pytest
 
 from ardiff.errors import UserError
 from ardiff.files import write_json
-from ardiff.profiling.comparing import compare, read
-from ardiff.profiling.links import Link, Links
+from ardiff.profiling.comparing import SAME, compare, read
+from ardiff.profiling.links import PASSES, Link, Links, Measured, fit
+from ardiff.profiling.program import Plan, _scaling_json, model_nodes
 from ardiff.profiling.scaling import Compute, compute_of, efficiencies, gpus, predict, strong, weak, with_waiting
-from ardiff.profiling.timeline import BACKWARD, COPY, DATA, EMA, FORWARD, LOGGING, OPTIMIZER, PARTS, REST
+from ardiff.profiling.timeline import (
+    BACKWARD,
+    COPY,
+    DATA,
+    EMA,
+    FORWARD,
+    GATHER,
+    LOGGING,
+    OPTIMIZER,
+    PARTS,
+    REDUCTION,
+    REST,
+)
 
 # Bandwidths that make one reduction of 1 GB among 2 ranks take 10 ms, a gather 5.
 OPS = {"all_reduce": Link("all_reduce", 2, 0.0, 100.0), "all_gather": Link("all_gather", 2, 0.0, 100.0)}
@@ -116,6 +132,7 @@ def profile(ranks, step_ms):
         "machine": {"ranks": ranks},
         "compute": compute(ranks=ranks).as_json(),
         "links": LINKS.as_json(),
+        "setting": dict.fromkeys(SAME, 1),
         "step": {"step_ms": step_ms, "parts_ms": parts},
     }
 
@@ -131,9 +148,94 @@ def test_profiles_check_each_other(tmp_path):
     assert checks[0].measured_communication_ms == pytest.approx(27)
 
 
+def test_profiles_of_different_trainings_are_refused():
+    other = profile(2, 100.0)
+    other["setting"]["precision"] = 2
+    with pytest.raises(UserError, match="different trainings: precision is 1 in one and 2 in another"):
+        compare([profile(1, 129.0), other])
+
+
+def test_a_prediction_is_for_the_nodes_of_the_measured_step():
+    slow = {op: Link(op, 2, 0.0, 10.0) for op in OPS}
+    one, two = profile(1, 129.0), profile(2, 300.0)
+    for found, per_node in ((one, 1), (two, 1)):
+        found["links"] = Links(per_node, OPS, slow, [], []).as_json()
+    assert compare([one, two])[0].communication_ms == pytest.approx(10 * (2 * 10 + 5))
+    two["links"]["ranks_per_node"] = 2
+    assert compare([one, two])[0].communication_ms == pytest.approx(2 * 10 + 5)
+
+
+def test_larger_clusters_have_nodes_as_here():
+    """Where several hosts were measured; a profile on one says nothing of others."""
+    slow = {op: Link(op, 8, 0.0, 10.0) for op in OPS}
+    for per_node, ranks, expected in ((4, 8, 4), (1, 2, 1), (2, 2, 8), (16, 16, 16)):
+        linked = Links(per_node, OPS, slow, [], [])
+        assert model_nodes(linked, ranks) == expected
+        found = _scaling_json(compute(ranks=ranks, global_batch_size=4 * ranks), linked, Plan(gpus=(8, 16)))
+        inside = found["weak"][0]["reduction_ms"] == pytest.approx(2 * 7 / 8 * 10)
+        assert inside == (expected >= 8) and f"{expected} rank(s) on every node" in found["assumptions"]
+
+
+def simulated(ranks, noise, steps=20, total=16, size=4 * 10**6, buckets=4):
+    """The profile of a made-up machine, step by step: ranks differ, and wait for the slowest in every collective."""
+    draw = np.random.default_rng(ranks)
+
+    def seconds(op, size):
+        passes = PASSES[op] * (ranks - 1) / ranks
+        return 1e-3 * (math.log2(ranks) * 0.2 + passes * size / 1e6) if ranks > 1 else 0.0
+
+    def work(ms):
+        return ms * np.exp(noise * draw.standard_normal(ranks))
+
+    parts, micro_steps = dict.fromkeys(PARTS, 0.0), total // ranks
+    for _ in range(steps):
+        for _ in range(micro_steps):
+            forward, backward = work(10.0), work(20.0)
+            alone = forward + backward
+            parts[FORWARD] += forward.mean()
+            parts[BACKWARD] += backward.mean()
+            parts[REDUCTION] += (alone.max() - alone).mean()
+            parts[REDUCTION] += 1000 * buckets * seconds("all_reduce", size / buckets)
+        own = work(8.0 / ranks)
+        parts[OPTIMIZER] += own.mean()
+        parts[GATHER] += (own.max() - own).mean() + 1000 * seconds("all_gather", size)
+        parts[REST] += 1.0
+    parts = {name: ms / steps for name, ms in parts.items()}
+    sizes = [2**power for power in range(14, 23, 2)]
+    taken = [Measured(op, one, ranks, seconds(op, one) * 1.02, 0.0) for op in PASSES for one in sizes]
+    linked = fit(taken) if ranks > 1 else OPS
+    linked = Links(ranks, linked, linked, [], [])
+    known = {"parameters": size // 4, "width": 4, "bucket": size // 4 // buckets, "gathers": 1, "speed": 0.0}
+    calls = buckets * micro_steps if ranks > 1 else 0
+    made = compute_of(parts, ranks, 1, total, stage=2, overlap=False, reduce_calls=calls, **known)
+    made = with_waiting(made, linked, parts[REDUCTION] + parts[GATHER])
+    step = {"step_ms": sum(parts.values()), "parts_ms": parts}
+    found = {"version": 1, "machine": {"ranks": ranks}, "compute": made.as_json(), "links": linked.as_json()}
+    return {**found, "step": step, "setting": dict.fromkeys(SAME, 1)}
+
+
+@pytest.mark.parametrize(("noise", "from_one", "from_more"), [(0.0, 0.01, 0.01), (0.05, 0.05, 0.03)])
+def test_errors_on_a_made_up_machine(noise, from_one, from_more):
+    """By the collectives measured there; a run on one rank knows nothing of waiting for others."""
+    checks = [
+        check
+        for check in compare([simulated(ranks, noise) for ranks in (1, 2, 4, 8)])
+        if check.links_from == check.ranks
+    ]
+    assert len(checks) == 6
+    for check in checks:
+        assert abs(check.error) < (from_one if check.source == 1 else from_more), check
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no profile.json"), ("{", "cannot be read"), ('{"version": 0}', "not a profile of version 1")],
+    [
+        (None, "holds no profile.json"),
+        ("{", "cannot be read"),
+        ('{"version": 0}', "not a profile of version 1"),
+        ('{"version": 1}', "not a whole profile .*'compute'.*; profile again"),
+        ('{"version": 1, "compute": []}', "not a whole profile"),
+    ],
 )
 def test_folders_without_a_profile_are_refused(tmp_path, content, message):
     if content is not None:

@@ -82,6 +82,18 @@ def test_a_margin_of_memory_is_left(run, monkeypatch):
     assert best(found) == found[0] and best([]) is None
 
 
+def test_the_peak_on_a_gpu_is_that_of_training(run, monkeypatch):
+    """The pass that is tried before holds more than training does."""
+    order = []
+    trains = sweep.measure
+    monkeypatch.setattr(OneRank, "device", torch.device("cuda"))
+    monkeypatch.setattr(sweep, "_pass_fits", lambda trainer: order.append("tried") or True)
+    monkeypatch.setattr(sweep, "reset_peak", lambda device: order.append("reset"))
+    monkeypatch.setattr(sweep, "measure", lambda *given: order.append("trained") or trains(*given))
+    found, _ = run([4], checkpointing=(False,))
+    assert order == ["tried", "reset", "trained"] and found[0].fits
+
+
 def test_other_errors_end_it(run, monkeypatch):
     def broken(*_):
         raise RuntimeError("something else")
