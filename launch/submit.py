@@ -24,9 +24,10 @@ from ardiff.launching.command import LAUNCHERS, Launch, attach, run_dir_of, spli
 from ardiff.launching.fleet import Fleet, NoHostsError, Settings
 from ardiff.launching.job import StopRequest
 from ardiff.launching.orphans import PATIENCE
-from ardiff.launching.supervisor import supervise
+from ardiff.launching.supervisor import InUseError, supervise
 
 EXAMPLE = "python launch/submit.py --launcher torchrun --ranks 8 --max_restarts 5 -- launch/train.py --run_dir runs/sky"
+HOST_MINUTES = Settings.rejoin_seconds / 60
 _FOR_HOSTS = ("spares", "min_nodes", "preflight", "ssh_args", "carrier")  # they mean nothing on one machine
 _FOR_NODES = ("ranks", "nodes", "node_rank", "carried")  # and these nothing with a hostfile, which says it
 
@@ -53,8 +54,9 @@ def main() -> int:
 
 def _on_this_node(options: argparse.Namespace, command: tuple[str, ...], given: environment.Variables) -> int:
     """This machine's ranks: all of them, or one node's share."""
+    stop = StopRequest()
     if options.carried:
-        node.receive(options.carried)
+        node.receive(options.carried, stop)
     os.environ.update(given.values)
     launch = Launch(
         options.launcher,
@@ -75,8 +77,9 @@ def _on_this_node(options: argparse.Namespace, command: tuple[str, ...], given: 
         what = f"run_dir {launch.run_dir}" if launch.run_dir else command[command[0] == "-m"]
         of = f", node {launch.node_rank} of {launch.nodes}" if launch.nodes > 1 else ""
         _tell(f"{launch.ranks_by_node[launch.node_rank]} rank(s) with {options.launcher}{of}, {what}")
-    code = supervise(share, options.max_restarts, 60 * options.stop_minutes, _tell)
-    return cli.EXIT_FAILURE if options.carried and code == carriers.LOST else code  # that code means something else
+    code = supervise(share, options.max_restarts, 60 * options.stop_minutes, _tell, stop)
+    # Higher ones are those of a carrier that has lost its host.
+    return cli.EXIT_FAILURE if options.carried and code > cli.EXIT_INTERRUPTED else code
 
 
 def _on_hosts(options: argparse.Namespace, command: tuple[str, ...], given: environment.Variables) -> int:
@@ -90,23 +93,30 @@ def _on_hosts(options: argparse.Namespace, command: tuple[str, ...], given: envi
 
 def _in_allocation(options: argparse.Namespace, command: tuple[str, ...], given: environment.Variables) -> int:
     """The ranks of all nodes of the SLURM job that this is in."""
-    here = allocation.Allocation.here()
-    hosts = here.with_ranks(_ranks(options))
-    again = f", start {here.restarts + 1}" if here.restarts else ""
-    if not options.dry_run:
-        _tell(f"SLURM job {here.job}{again}")
-    run_dir = run_dir_of(command)
-    exit_file = records.ExitFile(run_dir) if run_dir else None
     with StopRequest() as stop:
         try:
-            code = _on_fleet(options, command, given, hosts, [], here.carrier(60 * options.stop_minutes), stop)
-        except NoHostsError as error:
+            here = allocation.Allocation.here(stop)
+        except allocation.NoAnswerError as error:
             cli.complain(error)
-            code = cli.EXIT_FAILURE  # what SLURM gave is no mistake of the user's
-    if exit_file is None or options.dry_run:
-        return code
-    assert run_dir is not None
-    return here.conclude(code, stop.number, exit_file.read(), run_dir, options.max_requeues, _tell)
+            return cli.EXIT_FAILURE
+        hosts = here.with_ranks(_ranks(options))
+        again = f", start {here.restarts + 1}" if here.restarts else ""
+        if not options.dry_run:
+            _tell(f"SLURM job {here.job}{again}")
+        run_dir = run_dir_of(command)
+        exit_file = records.ExitFile(run_dir) if run_dir else None
+        try:
+            carrier = here.carrier(60 * options.stop_minutes, stop)
+            code = _on_fleet(options, command, given, hosts, [], carrier, stop, here.restarts > 0)
+        except (NoHostsError, allocation.NoAnswerError, InUseError) as error:
+            if isinstance(error, InUseError) and not here.restarts:
+                raise
+            cli.complain(error)
+            code = cli.EXIT_FAILURE  # what SLURM gave, or ranks of the last stay, is no mistake of the user's
+        if exit_file is None or options.dry_run:
+            return code
+        assert run_dir is not None
+        return here.conclude(code, stop, exit_file.read(), run_dir, options.max_requeues, _tell)
 
 
 def _on_fleet(
@@ -117,6 +127,7 @@ def _on_fleet(
     spares: list[hostfile.Host],
     carrier: carriers.Carrier,
     stop: StopRequest,
+    requeued: bool = False,
 ) -> int:
     """The ranks of these hosts."""
     settings = Settings(
@@ -125,7 +136,8 @@ def _on_fleet(
         given,
         stop_seconds=60 * options.stop_minutes,
         fail_seconds=60 * options.fail_minutes,
-        rejoin_seconds=0 if carrier.name == "srun" else 60 * options.host_minutes,  # SLURM replaces a node
+        # SLURM replaces a node.
+        rejoin_seconds=0 if carrier.name == "srun" else 60 * (options.host_minutes or HOST_MINUTES),
         min_nodes=options.min_nodes,
         master_addr=options.master_addr,
         master_port=options.master_port,
@@ -140,7 +152,7 @@ def _on_fleet(
         code = screening.screen(fleet, hosts, spares, carrier, settings, stop, _tell)
         if code != cli.EXIT_OK:
             return code
-    return supervise(fleet, options.max_restarts, settings.stop_seconds, _tell, stop)
+    return supervise(fleet, options.max_restarts, settings.stop_seconds, _tell, stop, requeued)
 
 
 def _parser() -> cli.Parser:
@@ -177,9 +189,7 @@ def _parser() -> cli.Parser:
     hosts(
         "--host_minutes",
         type=float,
-        default=Settings.rejoin_seconds / 60,
-        help="time for a lost host to come back before a restart, where there is no spare "
-        f"(default {Settings.rejoin_seconds / 60:g})",
+        help=f"time for a lost host to come back before a restart, where there is no spare (default {HOST_MINUTES:g})",
     )
     nodes = parser.add_argument_group("one node's share of a job, started on every node (without ssh)").add_argument
     nodes("--nodes", type=int, metavar="N", help="how many there are (default 1)")
@@ -196,8 +206,9 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
     if options.max_restarts < 0:
         raise UserError(f"--max_restarts {options.max_restarts}: must be at least 0")
     for name in ("stop_minutes", "fail_minutes", "host_minutes"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name} {getattr(options, name):g}: must be greater than 0")
+        minutes = getattr(options, name)
+        if minutes is not None and not 0 < minutes < float("inf"):
+            raise UserError(f"--{name} {minutes:g}: must be greater than 0 and finite")
     if options.max_restarts and run_dir_of(command) is None:
         raise UserError(f"--max_restarts: {command[0]} keeps no run that a restart could go on with; leave it out")
     if options.slurm:
@@ -209,7 +220,8 @@ def _check(options: argparse.Namespace, command: list[str]) -> None:
                 raise UserError(f"--{name}: cannot be given with --carrier srun, where SLURM chose the nodes")
         return
     for name in _FOR_NODES if on_hosts else _FOR_HOSTS:
-        if getattr(options, name):
+        given = getattr(options, name)
+        if given is not None and given is not False:  # 0 is a value too
             why = (
                 "cannot be given with --hostfile, which names the nodes and their ranks"
                 if on_hosts

@@ -44,6 +44,25 @@ def test_a_rank_and_a_supervisor_listen_alike():
     assert handlers() == before
 
 
+def test_ctrl_c_twice_is_at_once_whatever_came_before():
+    with StopRequest() as request:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            assert not request.at_once
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.at_once and request.number == signal.SIGTERM and request.numbers == set(SIGNALS)
+
+
+def test_whoever_asked_first_still_hears_when_another_has_left():
+    before = handlers()
+    with StopRequest() as request:
+        with request:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.numbers == {signal.SIGUSR1, signal.SIGTERM}
+    assert handlers() == before
+
+
 def test_a_supervisor_does_not_wait_for_torch():
     program = "import sys, ardiff.launching.supervisor; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0

@@ -12,20 +12,27 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ardiff import cli
 from ardiff.errors import UserError
 from ardiff.launching import processes, records
 from ardiff.launching.hostfile import Host
-from ardiff.launching.job import StopRequest
+from ardiff.launching.job import StopRequest, Tell
 
 SAME_CHECKPOINT = 3  # so often a job is queued again from one checkpoint: then its time is too short, or a node is bad
 ANSWER_SECONDS = 60.0  # that SLURM's controller, or a node, has for an answer
+ASK_AGAIN, ASK_SECONDS = 5.0, 60.0  # between questions to a controller that refuses, and for how long
 SIMULTANEOUS = 64
+
+
+class NoAnswerError(UserError):
+    """SLURM does not answer, which is no mistake of the user's."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ class Allocation:
     is_batch: bool  # this is its script: SLURM can queue it again
 
     @classmethod
-    def here(cls) -> Allocation:
-        """The job that this process is in. Raises UserError outside of one."""
+    def here(cls, stop: StopRequest) -> Allocation:
+        """The job that this process is in. Raises UserError outside of one, NoAnswerError."""
         job, nodes = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
         if not job or not nodes:
             raise UserError(
@@ -91,7 +98,7 @@ class Allocation:
             if shutil.which(program) is None:
                 raise UserError(f"--carrier srun: {program} is not in PATH on {os.uname().nodename}")
         processes.adopt_orphans()  # what an srun leaves that is killed
-        hosts = tuple(_ask("show", "hostnames", nodes).split())
+        hosts = tuple(_ask(stop, "show", "hostnames", nodes).split())
         is_batch = "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" not in os.environ
         return cls(job, hosts, int(os.environ.get("SLURM_RESTART_COUNT", "0")), is_batch)
 
@@ -104,9 +111,9 @@ class Allocation:
         each = ranks if len(ranks) == len(self.hosts) else [ranks[0]] * len(self.hosts)
         return [Host(name, slots) for name, slots in zip(self.hosts, each, strict=True)]
 
-    def carrier(self, stop_seconds: float) -> Srun:
-        """srun, with what this SLURM needs."""
-        found = re.search(r"^TaskPlugin\s*=\s*(.*)$", _ask("show", "config"), re.MULTILINE)
+    def carrier(self, stop_seconds: float, stop: StopRequest) -> Srun:
+        """srun, with what this SLURM needs. Raises NoAnswerError."""
+        found = re.search(r"^TaskPlugin\s*=\s*(.*)$", _ask(stop, "show", "config"), re.MULTILINE)
         binds = bool(found and "affinity" in found[1])
         return Srun(os.environ.get("SLURM_CPUS_PER_TASK"), binds, stop_seconds)
 
@@ -117,33 +124,46 @@ class Allocation:
             answers = list(pool.map(carrier.reaches, self.hosts))
         return [host for host, answered in zip(self.hosts, answers, strict=True) if not answered]
 
-    def preempted(self) -> bool:
-        """Whether SLURM is about to take the nodes away."""
-        return self._about().get("PreemptTime", "None") != "None"
+    def taken(self, stop: StopRequest) -> str | None:
+        """Why SLURM itself takes the nodes away and sends SIGTERM, if it does."""
+        about = self._about(stop)
+        if about.get("PreemptTime", "None") != "None":
+            return "preempted"
+        return "the time limit" if about.get("Reason") == "TimeLimit" else None
 
     def conclude(
         self,
         code: int,
-        heard: int | None,
+        stop: StopRequest,
         record: records.Record | None,
         run_dir: Path,
         max_requeues: int | None,
-        tell: Callable[[str], None],
+        tell: Tell,
     ) -> int:
         """Have the job queued again where that is right; returns the exit code for this stay in the queue's nodes.
 
-        code: of the job. heard: the signal that this process got. record: what the ranks wrote in exit.json since.
+        code: of the job. stop: what this process has heard, and still hears. record: what the ranks wrote in exit.json
+        since the start.
         """
-        failed = code in (cli.EXIT_FAILURE, cli.EXIT_HUNG)
-        why = why_again(code, heard, record, self.preempted, self.silent if failed else list)
+        silent = self.silent if code in (cli.EXIT_FAILURE, cli.EXIT_HUNG) else list
+        heard: frozenset[int] | None = None
+        why: str | None = None
+        while stop.numbers != heard:  # a signal may come while nodes are asked
+            heard = stop.numbers
+            why = why_again(code, heard, record, lambda: self.taken(stop), silent)
         if why is None:
             return code
-        if not self.is_batch or self._about().get("Requeue") != "1":
+        return self._queue_again(why, code, stop, run_dir, max_requeues, tell)
+
+    def _queue_again(
+        self, why: str, code: int, stop: StopRequest, run_dir: Path, max_requeues: int | None, tell: Tell
+    ) -> int:
+        if not self.is_batch or self._about(stop).get("Requeue", "1") != "1":
             tell(f"{why}: not queued again, as this is no batch job that SLURM requeues; the same command goes on")
             return code
         if max_requeues is not None and self.restarts >= max_requeues:
             tell(f"{why}: not queued again, all {max_requeues} requeues are used up; submitting it again goes on")
-            return code
+            return cli.EXIT_FAILURE
         newest = records.newest_checkpoint(run_dir)
         if self._in_vain(run_dir, newest):
             tell(
@@ -161,8 +181,7 @@ class Allocation:
         # number in the job's next stay.
         for who in processes.below(os.getpid()):
             processes.send(who, signal.SIGKILL)
-        with StopRequest():  # SLURM ends this process now
-            done = _scontrol("requeue", self.job)
+        done = _patiently(stop, "requeue", self.job)  # SLURM ends this process now
         if done.returncode:
             tell(f"SLURM does not queue it again: {_complaint(done)}; submitting it again goes on")
             return cli.EXIT_FAILURE
@@ -171,50 +190,71 @@ class Allocation:
     def _in_vain(self, run_dir: Path, newest: str | None) -> bool:
         """Whether the last requeues of this job were all from this same checkpoint."""
         try:
-            lines = (run_dir / "restarts.jsonl").read_text(encoding="utf-8").splitlines()
-            notes = [json.loads(line) for line in lines]
-        except (OSError, ValueError):  # there is no run yet: nothing could be noted
+            lines = (run_dir / "restarts.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # there is no run yet: nothing could be noted
             return newest is None and self.restarts >= SAME_CHECKPOINT
-        of_job = [note.get("resumes_from") for note in notes if note.get("job") == self.job]
+        of_job = [note.get("resumes_from") for note in map(_parsed, lines) if note.get("job") == self.job]
         return of_job[-SAME_CHECKPOINT:] == [newest] * SAME_CHECKPOINT
 
-    def _about(self) -> dict[str, str]:
-        done = _scontrol("--oneliner", "show", "job", self.job)
+    def _about(self, stop: StopRequest) -> dict[str, str]:
+        done = _patiently(stop, "--oneliner", "show", "job", self.job)
         return dict(re.findall(r"(\S+?)=(\S*)", done.stdout)) if done.returncode == 0 else {}
 
 
 def why_again(
     code: int,
-    heard: int | None,
+    heard: Collection[int],
     record: records.Record | None,
-    preempted: Callable[[], bool],
+    taken: Callable[[], str | None],
     silent: Callable[[], list[str]],
 ) -> str | None:
     """Why a job has to be queued again, None where it has to end.
 
-    SIGUSR1 comes ahead of the time limit. SIGTERM is a stop for good, unless SLURM sends it to a job that it preempts.
-    A run that has finished, a user's mistake and Ctrl-C are ends, and so are failures on nodes that still answer.
+    SIGUSR1 comes ahead of the time limit. SIGTERM is a stop for good, also after SIGUSR1, unless SLURM sends it to a
+    job whose nodes it takes. A run that has finished, a user's mistake and Ctrl-C are ends, and so are failures on
+    nodes that still answer. Ranks that lose their connection write SIGTERM too: alone it counts where all went well.
     """
     reason = record.reason if record else None
     finished = code == cli.EXIT_OK and reason == records.FINISHED
-    if finished or code == cli.EXIT_USER_ERROR or heard == signal.SIGINT:
+    if finished or code == cli.EXIT_USER_ERROR or signal.SIGINT in heard:
         return None
-    stops = {signal.Signals(heard).name if heard else None, reason}
-    if "SIGUSR1" in stops:
+    terminated = signal.SIGTERM in heard
+    if (terminated or reason == "SIGTERM") and (why := taken()):
+        return why
+    if terminated:
+        return None
+    if signal.SIGUSR1 in heard or reason == "SIGUSR1":
         return "SIGUSR1, as ahead of the time limit"
-    if "SIGTERM" in stops and preempted():
-        return "preempted"
-    if "SIGTERM" in stops or "SIGINT" in stops:
+    if code == cli.EXIT_OK and reason in ("SIGTERM", "SIGINT"):
         return None
     lost = silent()
     return f"lost {', '.join(lost)}" if lost else None
 
 
-def _ask(*words: str) -> str:
-    done = _scontrol(*words)
+def _ask(stop: StopRequest, *words: str) -> str:
+    done = _patiently(stop, *words)
     if done.returncode:
-        raise UserError(f"scontrol {' '.join(words)}: {_complaint(done)}")
+        raise NoAnswerError(f"scontrol {' '.join(words)}: {_complaint(done)}")
     return done.stdout
+
+
+def _patiently(stop: StopRequest, *words: str) -> subprocess.CompletedProcess[str]:
+    """The answer of scontrol, asked again while it fails: a controller may be starting, or busy. Ctrl-C ends that."""
+    until = time.monotonic() + ASK_SECONDS
+    while True:
+        done = _scontrol(*words)
+        if done.returncode == 0 or signal.SIGINT in stop.numbers or time.monotonic() + ASK_AGAIN > until:
+            return done
+        time.sleep(ASK_AGAIN)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of restarts.jsonl; nothing where a full disk or a kill has cut it short."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _complaint(done: subprocess.CompletedProcess[str]) -> str:

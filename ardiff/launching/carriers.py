@@ -105,7 +105,11 @@ def carrier(name: str, ssh_args: str, for_show: bool = False) -> Carrier:
         arguments = tuple(shlex.split(ssh_args))
     except ValueError as error:
         raise UserError(f"--ssh_args {ssh_args}: {error}") from None
-    return Ssh(arguments) if name == "ssh" else Pdsh(arguments)
+    if name == "ssh":
+        return Ssh(arguments)
+    if parted := [word for word in arguments if len(word.split()) != 1]:  # it parts them at spaces, whatever the quotes
+        raise UserError(f"--ssh_args: pdsh cannot pass {shlex.quote(parted[0])} on; put it into ~/.ssh/config")
+    return Pdsh(arguments)
 
 
 def shell_line(folder: Path, words: Sequence[str], variables: dict[str, str]) -> str:

@@ -33,7 +33,6 @@ class Answer:
 
     facts: Mapping[str, Any]
     problem: str | None = None
-    unreachable: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Hosts:
     def survey(self, hosts: Sequence[Host]) -> dict[str, Answer]:
         """Facts of all hosts, and what is wrong with them; by name."""
         with token(self.shared) as (folder, secret), ThreadPoolExecutor(_SIMULTANEOUS) as pool:
-            words = ["--token", secret, *(["--shared", str(folder)] if folder else [])]
+            words = ["--token", secret, "--folder", str(Path.cwd()), *(["--shared", str(folder)] if folder else [])]
             answers = pool.map(lambda host: self._answer(host, "facts", *words), hosts)
             found = dict(zip(names(hosts), answers, strict=True))
         ours = hostcheck.facts(None, "")
@@ -129,11 +128,11 @@ class Hosts:
         try:
             result = self.ask(host, "hostcheck", question, *words)
         except subprocess.TimeoutExpired:
-            return Answer({}, f"{host.name}: did not answer within {PATIENCE:g} s", True)
+            return Answer({}, f"{host.name}: did not answer within {PATIENCE:g} s")
         last = (result.stderr.strip().splitlines() or ["without a word"])[-1].strip()
         if self.carrier.lost(result.returncode):
             how = "without a password" if "ermission denied" in last else f"by {self.carrier.name}"
-            return Answer({}, f"{host.name}: cannot be reached {how} ({last})", True)
+            return Answer({}, f"{host.name}: cannot be reached {how} ({last})")
         for line in reversed(result.stdout.splitlines()):
             if line.startswith(hostcheck.ANSWER):
                 return Answer(json.loads(line.removeprefix(hostcheck.ANSWER)))
@@ -232,6 +231,8 @@ def _judged(host: Host, answer: Answer, ours: Mapping[str, Any], shared: Path | 
         problem = f"{hostcheck.ROOT} holds other program files than here ({commits}); make them equal"
     elif not facts["shared"]:
         problem = f"does not see this host's {shared}; --run_dir has to be on storage that all hosts share"
+    elif not facts["folder"]:
+        problem = f"has no folder {Path.cwd()}, where this is started; start it from one that all hosts have"
     elif some_gpus and facts["gpus"] < host.slots:  # without any, ranks are processes on CPUs
         problem = f"slots={host.slots}, but it has {facts['gpus']} GPU(s)"
     return Answer(facts, f"{host.name}: {problem}" if problem else None)

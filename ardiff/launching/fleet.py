@@ -20,11 +20,11 @@ from ardiff.launching.command import check_port, check_program, new_job, run_dir
 from ardiff.launching.environment import Variables
 from ardiff.launching.hostfile import Host, names
 from ardiff.launching.job import StopRequest, Tell
-from ardiff.launching.node import payload
+from ardiff.launching.node import RECORD_PATIENCE, SILENCE, payload
 from ardiff.launching.remote import RemoteJob, Share, end_on
 from ardiff.launching.supervisor import NotStartedError
 
-LOCK_PATIENCE = 120.0  # seconds until the ranks of a host that was lost have ended, so that the run_dir is free
+LOCK_MARGIN = 30.0  # seconds beyond those that the ranks of a lost host have, until their run_dir must be free
 LOOK_AGAIN = 5.0  # seconds between looks at hosts that are waited for
 
 
@@ -47,22 +47,27 @@ class Settings:
     master_port: int | None = None
 
 
+def check_hosts(launcher: str, hosts: int, min_nodes: int | None) -> None:
+    """Raises UserError for what cannot be started on so many hosts."""
+    if launcher == "python":
+        raise UserError("--launcher python: starts one process; for hosts use torchrun or deepspeed")
+    if min_nodes is not None and not 1 <= min_nodes <= hosts:
+        raise UserError(f"--min_nodes {min_nodes}: must be from 1 to {hosts}, the number of hosts")
+
+
 class Fleet:
     """A job on many hosts: what `supervise` starts, and starts again."""
 
     def __init__(self, hosts: Sequence[Host], spares: Sequence[Host], carrier: Carrier, settings: Settings) -> None:
         """Raises UserError for what cannot be started anywhere."""
         check_program(settings.command, sum(host.slots for host in hosts))
-        if settings.launcher == "python":
-            raise UserError("--launcher python: starts one process; for hosts use torchrun or deepspeed")
+        check_hosts(settings.launcher, len(hosts), settings.min_nodes)
         if settings.master_port is not None:
             check_port(settings.master_port)
-        if settings.min_nodes is not None and not 1 <= settings.min_nodes <= len(hosts):
-            raise UserError(f"--min_nodes {settings.min_nodes}: must be from 1 to {len(hosts)}, the number of hosts")
         self.run_dir = run_dir_of(settings.command)
         self.is_first = True
-        self.lock_patience = LOCK_PATIENCE
-        self.record_patience = 0.0
+        self.lock_patience = SILENCE + settings.fail_seconds + LOCK_MARGIN
+        self.record_patience = RECORD_PATIENCE
         self.hosts, self.spares = list(hosts), list(spares)
         self._carrier, self._settings = carrier, settings
         shared = checks.shared_folder(self.run_dir) or (None if carrier.forwards_stdin else Path.cwd())
@@ -91,9 +96,10 @@ class Fleet:
         where = f"address {address}, port {port}"
         tell(f"{sum(host.slots for host in self.hosts)} rank(s) on {', '.join(names(self.hosts))}, {where}")
         job = new_job()
+        self.close()  # what the last start left
+        delivered = [self._deliver(job, node) for node in range(len(self.hosts))]  # a fast host removes an empty folder
         shares = []
-        for node, host in enumerate(self.hosts):
-            source, first = self._deliver(job, node)
+        for node, (host, (source, first)) in enumerate(zip(self.hosts, delivered, strict=True)):
             line = self._line(f"{job}.{node}", node, source, address, port)
             words, variables = self._carrier.command(host.name, line), self._carrier.environment()
             shares.append(Share(host, f"{job}.{node}", words, variables, first))
@@ -106,6 +112,7 @@ class Fleet:
         """Remove the variables where nobody has fetched them."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _end_left(self, tell: Tell) -> None:
         """End what earlier starts left on hosts that could not be reached then."""
@@ -176,13 +183,19 @@ class Fleet:
         lines = "".join(f"\n  {line}" for line in [*choice.problems, *choice.spares])
         away = f"{len(choice.missing)} of {len(self.hosts)} hosts cannot be used"
         if again:
-            remedy = "the same command goes on once they are back, or with other hosts, --spares or --min_nodes"
+            remedy = "the same command goes on once they are back, or with " + (
+                "--min_nodes" if self._carrier.name == "srun" else "other hosts, --spares or --min_nodes"
+            )
             return NotStartedError(f"not started again: {away}; {remedy}{lines}")
-        return NoHostsError(f"{away}: mend them, take them out of the hostfile, or name --spares{lines}")
+        remedy = "take them out of the hostfile, or name --spares"
+        if self._carrier.name == "srun":
+            remedy = "have SLURM leave them out (--exclude), or go on with fewer (--min_nodes)"
+        return NoHostsError(f"{away}: mend them, {remedy}{lines}")
 
     def _deliver(self, job: str, node: int) -> tuple[str, bytes]:
         """Where a node finds its variables, and what goes over standard input."""
-        data = payload(dict(self._settings.variables.values), self._carrier.forwards_stdin)
+        own = self._settings
+        data = payload(dict(own.variables.values), self._carrier.forwards_stdin, own.fail_seconds)
         if self._carrier.forwards_stdin:
             return "-", data
         assert self._asking.shared is not None

@@ -34,8 +34,11 @@ _VIRTUAL = ("lo", "docker", "virbr", "br-", "veth", "cni", "flannel", "podman")
 _SIOCGIFADDR = 0x8915
 
 
-def facts(shared: Path | None, token: str) -> dict[str, Any]:
-    """What all hosts of a job have to have in common, and what they have of their own."""
+def facts(shared: Path | None, token: str, folder: Path | None = None) -> dict[str, Any]:
+    """What all hosts of a job have to have in common, and what they have of their own.
+
+    shared: where all see a file with that token. folder: where the programs are to run.
+    """
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -44,6 +47,7 @@ def facts(shared: Path | None, token: str) -> dict[str, Any]:
         "commit": _commit(),
         "gpus": devices.gpus(),
         "shared": shared is None or _sees(shared / TOKEN, token),
+        "folder": folder is None or folder.is_dir(),
         "port": free_port(""),
         "resolves_to": resolve(socket.gethostname()),  # where gloo listens, unless GLOO_SOCKET_IFNAME is set
         "interfaces": interfaces(),
@@ -165,13 +169,14 @@ def main() -> None:
     parser.add_argument("question", choices=("facts", "listen", "visit"))
     parser.add_argument("--token", required=True)
     parser.add_argument("--shared", type=Path)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--visitors", type=int, default=0)
     parser.add_argument("--names", nargs="*", default=[])
     options = parser.parse_args()
     if options.question == "facts":
-        answer = facts(options.shared, options.token)
+        answer = facts(options.shared, options.token, options.folder)
     elif options.question == "listen":
         answer = listen(options.port, options.token, options.visitors, options.seconds)
     else:

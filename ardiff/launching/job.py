@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ardiff.launching import processes
 from ardiff.launching.processes import Identity
+from ardiff.launching.records import Asked
 from ardiff.signals import Catcher
 
 TICK = 0.1  # seconds
@@ -23,25 +24,38 @@ Tell = Callable[[str], None]
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGINT and SIGUSR1 while entered."""
+    """Remembers SIGTERM, SIGINT and SIGUSR1 while entered, which it may be by several, one within another."""
 
     def __init__(self) -> None:
         self.number: int | None = None  # the first signal
+        self.numbers: frozenset[int] = frozenset()  # all of them
         self.at_once = False  # Ctrl-C a second time
         self.heard = 0  # signals
+        self.deadline = float("inf")  # of time.monotonic(): for the processes, where they have less time than usual
         self._catcher = Catcher(self._remember)
+        self._entered = 0
 
     def __enter__(self) -> StopRequest:
+        self._entered += 1
         self._catcher.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._catcher.release()
+        self._entered -= 1
+        if not self._entered:
+            self._catcher.release()
 
     def _remember(self, number: int) -> None:
-        self.at_once = self.at_once or (number == signal.SIGINT and self.number == signal.SIGINT)
+        self.at_once = self.at_once or (number == signal.SIGINT and number in self.numbers)
         self.number = self.number or number
+        self.numbers |= {number}
         self.heard += 1
+
+    def describe(self, keeps_run: bool) -> str:
+        """What is done about it, for people."""
+        assert self.number is not None
+        then = "the ranks stop after this step, with a checkpoint" if keeps_run else "passed on to all processes"
+        return f"{signal.Signals(self.number).name}: {then}"
 
     def sleep(self, seconds: float) -> bool:
         """Wait so long or until a signal; returns whether there is one."""
@@ -60,6 +74,8 @@ class End:
     in_training: bool | None  # when it was asked to stop; None: it was not
     outlived: bool = False  # processes are left that do not even hear SIGKILL
     how: str | None = None  # for people, where "the launcher" says too little
+    killed: bool = False  # it did not end in time, or the user did not wait
+    unasked: bool = False  # a host's share ended badly, or was lost, and no signal had asked the job to stop
 
     def describe(self) -> str:
         """For a message."""
@@ -83,14 +99,14 @@ class Job:
         self._ranks: set[Identity] = set()
         self._orphaned = False
 
-    def wait(self, stop: StopRequest, stop_seconds: float, in_training: Callable[[], bool], tell: Tell) -> End:
+    def wait(self, stop: StopRequest, stop_seconds: float, in_training: Asked | None, tell: Tell) -> End:
         """Until every process has gone.
 
         stop_seconds: how long ranks have for their last step and checkpoint after a signal. in_training: asked when
-        the signal comes.
+        the signal comes; None for programs that keep no run.
         """
         asked: bool | None = None
-        until, look_at = float("inf"), 0.0
+        asked_at, until, look_at = 0.0, float("inf"), 0.0
         while self._launcher.poll() is None:
             now = time.monotonic()
             if now > look_at:
@@ -99,15 +115,17 @@ class Job:
                 processes.reap(os.getpid(), self._launcher.pid)
             self._notice_orphans()
             if stop.number is not None and asked is None:
-                asked, until = in_training(), now + stop_seconds
-                tell(f"{signal.Signals(stop.number).name}: the ranks stop after this step, with a checkpoint")
+                asked, asked_at, until = (in_training is None or in_training()), now, now + stop_seconds
+                tell(stop.describe(in_training is not None))
             if asked is not None:
                 assert stop.number is not None
                 self._pass_on(stop.number)
+            until = min(until, stop.deadline)
             if stop.at_once or now > until:
-                tell("killing all processes" + ("" if stop.at_once else f": not ended within {stop_seconds:g} s"))
+                seconds = f": not ended within {until - asked_at:.3g} s"
+                tell("killing all processes" + ("" if stop.at_once else seconds))
                 ended = self.kill(stop, tell)
-                return End(self._code(), self._orphaned, asked, not ended)
+                return End(self._code(), self._orphaned, asked, not ended, killed=True)
             time.sleep(TICK)
         self._find_ranks()
         self._notice_orphans()
@@ -172,7 +190,8 @@ class Job:
                     asked.add(who)
                     processes.send(who, signal.SIGTERM)
             patience = LEFTOVERS if self._ranks.isdisjoint(living) else max(LEFTOVERS, stop_seconds)
-            if stop.at_once or time.monotonic() - started > patience:
+            now = time.monotonic()
+            if stop.at_once or now > stop.deadline or now - started > patience:
                 tell(f"{len(living)} process(es) outlived the launcher and are killed")
                 return self.kill(stop, tell)
             processes.reap(os.getpid(), self._launcher.pid)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ardiff.errors import UserError
+from ardiff.launching import records
 from ardiff.launching.command import Launch
 from ardiff.launching.job import Job, StopRequest, Tell
 
@@ -35,8 +36,14 @@ class Node:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def prepare(self, again: bool, stop: StopRequest, tell: Tell) -> bool:
-        """Nothing: this is where they run."""
-        return True
+        """This is where they run; another start needs the first node's ranks of the last one to have ended.
+
+        Else these would meet them, at the same address and port.
+        """
+        if again and not self.is_first and self.run_dir is not None and records.in_use(self.run_dir):
+            tell(f"waiting for the first node's ranks of the last start, which hold {self.run_dir}")
+            records.in_use(self.run_dir, float("inf"), lambda: stop.number is not None)
+        return stop.number is None
 
     def start(self, tell: Tell) -> Job:
         """Start the processes."""
@@ -55,15 +62,18 @@ class Node:
             self._scratch.cleanup()
 
 
-def payload(variables: dict[str, str], beats: bool) -> bytes:
-    """What a node reads first: the variables for its ranks, and whether signs of life follow."""
-    return json.dumps({"variables": variables, "beats": beats}).encode() + b"\n"
+def payload(variables: dict[str, str], beats: bool, lost_seconds: float) -> bytes:
+    """What a node reads first: the variables for its ranks, whether signs of life follow, and for how long after the
+    last of them its ranks may go on to stop: the job is to go on without this host.
+    """
+    return json.dumps({"variables": variables, "beats": beats, "lost_seconds": lost_seconds}).encode() + b"\n"
 
 
-def receive(source: str) -> None:
+def receive(source: str, stop: StopRequest) -> None:
     """On a node that a carrier started: take the variables, and stop as after SIGTERM once the connection is gone.
 
-    source: "-" for standard input, or a file, which is removed. Raises UserError where it does not hold them.
+    source: "-" for standard input, or a file, which is removed. stop: of this node's processes; where the host is cut
+    off from the others, its time is limited. Raises UserError where the source does not hold what it should.
     """
     try:
         if source == "-":
@@ -73,10 +83,10 @@ def receive(source: str) -> None:
             _remove(Path(source))
         read = json.loads(line)
         os.environ.update(read["variables"])
-        beats = bool(read["beats"])
+        beats, lost_seconds = bool(read["beats"]), float(read["lost_seconds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--carried {source}: no variables came over the connection ({error})") from None
-    threading.Thread(target=_watch, args=(beats,), name="connection watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(beats, lost_seconds, stop), name="connection watch", daemon=True).start()
 
 
 def _remove(file: Path) -> None:
@@ -96,7 +106,7 @@ def _read_line(handle: int) -> bytes:
     return line
 
 
-def _watch(beats: bool) -> None:
+def _watch(beats: bool, lost_seconds: float, stop: StopRequest) -> None:
     """Until standard input ends, which it does with the connection, or standard output has no reader any more."""
     poll = select.poll()
     poll.register(0, select.POLLIN)
@@ -114,6 +124,7 @@ def _watch(beats: bool) -> None:
             break
         if beats and time.monotonic() - heard > SILENCE:
             reason = f"no sign of life for {SILENCE:g} s"
+            stop.deadline = time.monotonic() + lost_seconds  # the job waits for its run_dir, and for no checkpoint
             break
     with contextlib.suppress(OSError):
         sys.stderr.write(f"submit: {reason}: the ranks of this host stop\n")

@@ -75,8 +75,8 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     return max(names, default=None)
 
 
-def in_use(run_dir: Path, patience: float = LOCK_PATIENCE) -> bool:
-    """Whether a live run holds run_dir, and still does after that many seconds."""
+def in_use(run_dir: Path, patience: float = LOCK_PATIENCE, give_up: Asked = lambda: False) -> bool:
+    """Whether a live run holds run_dir, and still does after that many seconds, or once waiting is given up."""
     try:
         handle = os.open(run_dir / ".lock", os.O_RDWR)
     except OSError:
@@ -88,7 +88,7 @@ def in_use(run_dir: Path, patience: float = LOCK_PATIENCE) -> bool:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return False
             except BlockingIOError:
-                if time.monotonic() > until:
+                if time.monotonic() > until or give_up():
                     return True
             except OSError:  # a file system without locks: the ranks will tell
                 return False

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO
 
+from ardiff import cli
 from ardiff.launching import processes
 from ardiff.launching.checks import Hosts
 from ardiff.launching.hostfile import Host
@@ -77,7 +78,7 @@ class RemoteJob:
         self._failed: tuple[str, int, float] | None = None  # the first: what, exit code, when
         self._beaten = 0.0
 
-    def wait(self, stop: StopRequest, stop_seconds: float, in_training: Asked, tell: Tell) -> End:
+    def wait(self, stop: StopRequest, stop_seconds: float, in_training: Asked | None, tell: Tell) -> End:
         """Until every host's share has ended, and nothing is left of it as far as can be seen."""
         asked: bool | None = None
         until = float("inf")
@@ -86,20 +87,20 @@ class RemoteJob:
             self._beat(now)
             self._notice(tell)
             if stop.number is not None and asked is None:
-                asked, until = in_training(), now + stop_seconds + GRACE
-                tell(f"{signal.Signals(stop.number).name}: the ranks stop after this step, with a checkpoint")
+                asked, until = (in_training is None or in_training()), now + stop_seconds + GRACE
+                tell(stop.describe(in_training is not None))
                 self._pass_on(stop.number)
             late = self._failed is not None and now > self._failed[2] + self._fail_seconds
             if stop.at_once or late or now > until:
                 seconds = self._fail_seconds if late else stop_seconds
                 why = "" if stop.at_once else f": not ended within {seconds:g} s"
                 tell(f"killing all processes on {', '.join(share.host.name for share in self._running())}{why}")
-                return self._end(asked, self.kill(stop, tell))
+                return self._end(stop, asked, self.kill(stop, tell), killed=True)
             time.sleep(TICK)
         self._finish()
         self._notice(tell)
         lost = [share for share in self._shares if self._is_lost(share)]
-        return self._end(asked, self._clear(lost, tell))
+        return self._end(stop, asked, self._clear(lost, tell), killed=False)
 
     def kill(self, stop: StopRequest, tell: Tell) -> bool:
         """SIGKILL for everything on all hosts; False where processes do not hear it."""
@@ -133,7 +134,9 @@ class RemoteJob:
                 continue
             share.seen = True
             if code != 0:
-                what = "the connection was lost" if self._is_lost(share) else f"ended with {code}"
+                lost = self._is_lost(share)
+                what = "the connection was lost" if lost else f"ended with {code}"
+                code = cli.EXIT_FAILURE if lost else code  # that of the carrier means nothing to others
                 if self._failed is None:
                     self._failed = (f"{share.host.name}: {what}", code, time.monotonic())
                     others = [other.host.name for other in self._running()]
@@ -142,9 +145,10 @@ class RemoteJob:
                 else:
                     tell(f"{share.host.name}: {what}")
 
-    def _end(self, asked: bool | None, cleared: bool) -> End:
+    def _end(self, stop: StopRequest, asked: bool | None, cleared: bool, killed: bool) -> End:
         how, code = (self._failed[0], self._failed[1]) if self._failed else (None, 0)
-        return End(code, False, asked, not cleared, how)
+        unasked = self._failed is not None and stop.number is None
+        return End(code, False, asked, not cleared, how, killed, unasked)
 
     def _pass_on(self, number: int) -> None:
         """From threads: a host may take long to be reached, and others must not wait for it."""

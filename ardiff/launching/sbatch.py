@@ -6,6 +6,7 @@ was submitted from reaches the job but the variables that the script itself expo
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -71,6 +72,8 @@ class Request:
         if self.cpus_per_node is not None and self.cpus_per_node < 1:
             raise UserError(f"--cpus_per_node {self.cpus_per_node}: must be at least 1")
         limit = seconds(self.time_limit)
+        if self.signal_minutes is not None and not math.isfinite(self.signal_minutes):
+            raise UserError(f"--signal_minutes {self.signal_minutes}: must be a number of minutes")
         ahead = self.signal_seconds
         if not 0 < ahead < limit:
             raise UserError(f"--signal_minutes {ahead / 60:g}: must be less than the --time_limit, and more than 0")

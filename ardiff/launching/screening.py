@@ -68,7 +68,7 @@ def screen(
 ) -> int:
     """Preflight on all hosts and spares that can be reached; drops bad ones from the fleet.
 
-    Returns an exit code: 0 where enough hosts are left. Raises UserError as a start does.
+    Returns an exit code: 0 where enough hosts are left, or a signal came. Raises UserError as a start does.
     """
     run_dir = run_dir_of(settings.command)
     folder = Path(tempfile.mkdtemp(prefix=".ardiff-preflight-", dir=shared_folder(run_dir) or Path.cwd()))
@@ -87,18 +87,19 @@ def _screen(
     report: Path,
     stop: StopRequest,
     tell: Tell,
+    bad: frozenset[str] = frozenset(),
 ) -> int:
-    everyone = [*hosts, *spares]
+    everyone = [host for host in [*hosts, *spares] if host.name not in bad]
     command = words(settings.command, sum(host.slots for host in hosts), report)
     checking = Fleet(everyone, [], carrier, replace(settings, command=command, min_nodes=1))
     tell(f"preflight on {len(everyone)} host(s)")
     with closing(checking):
         if not checking.prepare(False, stop, tell):
-            return cli.EXIT_INTERRUPTED
+            return _stopped(stop)
         running = checking.start(tell)
-        end = running.wait(stop, settings.stop_seconds, lambda: True, tell)
+        end = running.wait(stop, settings.stop_seconds, None, tell)
     if stop.number is not None:
-        return cli.EXIT_INTERRUPTED
+        return _stopped(stop)
     try:
         problems = _problems(json.loads(report.read_text(encoding="utf-8")), checking.hosts)
     except (OSError, ValueError, KeyError, TypeError):
@@ -106,17 +107,25 @@ def _screen(
         return cli.EXIT_FAILURE
     for problem in problems.values():
         tell(f"preflight: {problem}")
-    general = [] if problems else _general(report)
+    general = _general(report, not problems)
     for problem in general:
         tell(f"preflight: {problem}")
     left = [host for host in everyone if host.name not in problems and host in checking.hosts]
     needed = settings.min_nodes or len(hosts)
+    if general and problems and len(left) >= needed:
+        tell("preflight again without these hosts, as not only they failed")
+        report.unlink()
+        return _screen(fleet, hosts, spares, carrier, settings, report, stop, tell, bad | problems.keys())
     if general or len(left) < needed:
         why = "" if general else f": {len(left)} host(s) left, {needed} needed"
         tell(f"preflight failed{why}; nothing is started (exit code 1)")
         return cli.EXIT_FAILURE
-    fleet.drop({name: f"{name}: failed preflight" for name in problems})
+    fleet.drop({name: f"{name}: failed preflight" for name in bad | problems.keys()})
     return cli.EXIT_OK
+
+
+def _stopped(stop: StopRequest) -> int:
+    return cli.EXIT_INTERRUPTED if stop.at_once else cli.EXIT_OK
 
 
 def _problems(report: dict[str, Any], hosts: Sequence[Host]) -> dict[str, str]:
@@ -130,7 +139,7 @@ def _problems(report: dict[str, Any], hosts: Sequence[Host]) -> dict[str, str]:
     return found
 
 
-def _general(report: Path) -> list[str]:
+def _general(report: Path, all_hosts_ok: bool) -> list[str]:
     """What is wrong with the job, not with a host."""
     read = json.loads(report.read_text(encoding="utf-8"))
-    return [] if read["ok"] else [str(line) for line in read["failures"]] or ["failed"]
+    return [str(line) for line in read["failures"]] or ["failed"] * (all_hosts_ok and not read["ok"])

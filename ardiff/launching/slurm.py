@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,16 +17,18 @@ from pathlib import Path
 
 from ardiff import cli
 from ardiff.errors import UserError
-from ardiff.launching import sbatch
+from ardiff.launching import sbatch, screening
 from ardiff.launching.command import Launch, check_program, run_dir_of
 from ardiff.launching.environment import Variables, collect
+from ardiff.launching.fleet import check_hosts
 from ardiff.launching.hostcheck import ROOT
 from ardiff.launching.orphans import PATIENCE
 
 PROGRAM = ROOT / "launch" / "submit.py"
 _ALONE = ("time_limit", "gpus_per_node", "cpus_per_node", "signal_minutes", "partition", "account", "qos", "slurm_args")
-NOT_INSIDE = ("hostfile", "ssh_args", "spares", "nodes", "node_rank", "carried")  # with --carrier srun
-_NOT_HERE = ("hostfile", "carrier", "ssh_args", "spares", "node_rank", "master_addr", "master_port", "carried")
+_HOSTS = ("hostfile", "ssh_args", "spares", "host_minutes", "node_rank", "carried")  # SLURM chooses and replaces nodes
+NOT_INSIDE = (*_HOSTS, "nodes")  # with --carrier srun
+_NOT_HERE = (*_HOSTS, "carrier", "master_addr", "master_port")
 # Options that the job's own launch/submit.py gets as they are.
 _PASSED = ("launcher", "ranks", "max_restarts", "max_requeues", "min_nodes", "fail_minutes", "preflight")
 
@@ -102,7 +105,12 @@ def prepare(options: argparse.Namespace, command: Sequence[str], folder: Path) -
         extra=_words(options.slurm_args or ""),
     )
     check_program(command, options.nodes * ranks)
+    check_hosts(options.launcher, options.nodes, options.min_nodes)
     Launch(options.launcher, (ranks,), tuple(command))  # that there is such a launcher
+    if options.preflight:
+        screening.words(command, options.nodes * ranks, "REPORT")  # that it has one
+    for word in command:
+        _require_public(word, "the command")
     run_dir = run_dir_of(command)
     name = (run_dir or Path(command[0])).resolve().name
     logs = folder / run_dir / "logs" if run_dir is not None else folder
@@ -172,7 +180,24 @@ def _exports(given: Variables) -> dict[str, str]:
         raise UserError(
             f"{name}: looks like a secret, and SLURM keeps batch scripts: unset it, or put it into --env_file"
         )
+    for name, value in given.values.items():
+        _require_public(value, name)
     return dict(given.values)
+
+
+def _require_public(text: str, where: str) -> None:
+    """Raises UserError for a text with a URL that holds a password, token or signature."""
+    if "://" not in text:
+        return
+    from ardiff.data.urls import split_credentials  # takes longer to load than all the rest
+
+    for url in re.findall(r"(?=\b(\w+://[^\s'\"]*))", text):  # also within a mixture
+        shown, credentials = split_credentials(url)
+        if any(credentials):
+            raise UserError(
+                f"{where}: {shown} comes with a password, token or query, and SLURM keeps batch scripts: leave it out, "
+                "and put the store's own variables into --env_file, or use --carrier srun inside salloc"
+            )
 
 
 def _words(text: str) -> tuple[str, ...]:

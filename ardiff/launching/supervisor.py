@@ -20,11 +20,15 @@ class NotStartedError(RuntimeError):
     """A job that ran cannot be started again as things are; the message says what to do."""
 
 
+class InUseError(UserError):
+    """A live run holds the run_dir."""
+
+
 class Running(Protocol):
     """A job that has been started."""
 
-    def wait(self, stop: StopRequest, stop_seconds: float, in_training: records.Asked, tell: Tell) -> End:
-        """Until every process has gone."""
+    def wait(self, stop: StopRequest, stop_seconds: float, in_training: records.Asked | None, tell: Tell) -> End:
+        """Until every process has gone. in_training: None for programs that keep no run."""
         ...
 
     def kill(self, stop: StopRequest, tell: Tell) -> bool:
@@ -63,17 +67,24 @@ class Verdict:
     curable: bool = True  # by another start, as far as this start tells
 
 
-def supervise(job: Start, max_restarts: int, stop_seconds: float, tell: Tell, heard: StopRequest | None = None) -> int:
+def supervise(
+    job: Start,
+    max_restarts: int,
+    stop_seconds: float,
+    tell: Tell,
+    heard: StopRequest | None = None,
+    requeued: bool = False,
+) -> int:
     """Run a job to its end, restarts included; returns its exit code (those of the rank programs, `ardiff.cli`).
 
     SIGTERM, SIGINT and SIGUSR1 are passed on to the ranks, which stop with a checkpoint; heard: remembers them, for a
-    caller who wants to know. Raises UserError where a live
-    run holds the run_dir, and where the job cannot be started at all.
+    caller who wants to know. requeued: an earlier call's ranks may still be ending somewhere. Raises InUseError where
+    a live run holds the run_dir, and UserError where the job cannot be started at all.
     """
     restarts = 0
     with heard or StopRequest() as stop, closing(job):
         while True:
-            verdict = _run_once(job, restarts > 0, stop, stop_seconds, tell)
+            verdict = _run_once(job, restarts > 0, requeued, stop, stop_seconds, tell)
             if verdict.reason:
                 tell(f"{verdict.reason} (exit code {verdict.code})")
             if not verdict.curable or verdict.code in _NOT_CURED or stop.number is not None:
@@ -88,10 +99,10 @@ def supervise(job: Start, max_restarts: int, stop_seconds: float, tell: Tell, he
                 return cli.EXIT_OK
 
 
-def _run_once(job: Start, again: bool, stop: StopRequest, stop_seconds: float, tell: Tell) -> Verdict:
+def _run_once(job: Start, again: bool, requeued: bool, stop: StopRequest, stop_seconds: float, tell: Tell) -> Verdict:
     try:
         ready = stop.number is None and job.prepare(again, stop, tell)
-        _require_free(job, again)
+        _require_free(job, again, requeued, stop, tell)
     except NotStartedError as error:
         return Verdict(cli.EXIT_FAILURE, f"{error}", None, curable=False)
     if not ready or stop.number is not None:
@@ -99,7 +110,7 @@ def _run_once(job: Start, again: bool, stop: StopRequest, stop_seconds: float, t
     exit_file = records.ExitFile(job.run_dir) if job.run_dir else None
     running = job.start(tell)
     try:
-        end = running.wait(stop, stop_seconds, exit_file.in_training if exit_file else lambda: True, tell)
+        end = running.wait(stop, stop_seconds, exit_file.in_training if exit_file else None, tell)
     except BaseException:
         running.kill(stop, tell)
         raise
@@ -108,19 +119,25 @@ def _run_once(job: Start, again: bool, stop: StopRequest, stop_seconds: float, t
         return Verdict(cli.EXIT_FAILURE, reason, None, curable=False)
     if exit_file is None:
         return judge_by_code(end, stop.at_once)
-    return judge(end, exit_file.final(0.0 if stop.at_once else job.record_patience), stop.at_once)
+    killed = stop.at_once or end.killed  # then what it shows is all there is
+    nothing = job.is_first and end.code == cli.EXIT_OK and exit_file.read() is None  # perhaps --help
+    return judge(end, exit_file.final(0.0 if killed or nothing else job.record_patience), stop.at_once)
 
 
-def _require_free(job: Start, again: bool) -> None:
-    patience = records.LOCK_PATIENCE + (job.lock_patience if again else 0.0)
-    if not (job.is_first and job.run_dir and records.in_use(job.run_dir, patience)):
+def _require_free(job: Start, again: bool, requeued: bool, stop: StopRequest, tell: Tell) -> None:
+    if not (job.is_first and job.run_dir and stop.number is None and records.in_use(job.run_dir)):
         return
+    patience = job.lock_patience
+    if (again or requeued) and patience:
+        tell(f"ranks of the last start still hold {job.run_dir}: waiting up to {patience:.0f} s for their end")
+        if not records.in_use(job.run_dir, patience, lambda: stop.number is not None) or stop.number is not None:
+            return
     if again:
         raise NotStartedError(
-            f"not started again: ranks of the last start still hold {job.run_dir}, on a host that was lost; "
+            f"not started again: ranks of the last start still hold {job.run_dir}, perhaps on a host that was lost; "
             "when they have ended, the same command goes on"
         )
-    raise UserError(f"--run_dir {job.run_dir}: another run is writing there; stop it or choose another")
+    raise InUseError(f"--run_dir {job.run_dir}: another run is writing there; stop it or choose another")
 
 
 def judge(end: End, record: records.Record | None, at_once: bool) -> Verdict:
@@ -136,8 +153,10 @@ def judge(end: End, record: records.Record | None, at_once: bool) -> Verdict:
         return Verdict(cli.EXIT_FAILURE, f"killed during training ({end.describe()})", record.step)
     if end.in_training is False and record.code == cli.EXIT_FAILURE:
         return Verdict(cli.EXIT_OK, "stopped before training began", record.step)
-    if end.orphaned and record.reason != records.FINISHED and record.code == cli.EXIT_OK:
-        return Verdict(cli.EXIT_FAILURE, f"{end.describe()} before its ranks: {record.reason}", record.step)
+    if (end.orphaned or end.unasked) and record.reason != records.FINISHED and record.code == cli.EXIT_OK:
+        # Ranks of a host that is lost, or without their launcher, stop in order, and all others with them.
+        how = f"{end.describe()}; the ranks" if end.unasked else f"{end.describe()} before its ranks"
+        return Verdict(cli.EXIT_FAILURE, f"{how}: {record.reason}", record.step)
     where = f"; first, {end.how}" if end.how and record.code == cli.EXIT_FAILURE else ""
     return Verdict(record.code, f"{record.reason}{where}", record.step)
 
@@ -148,6 +167,8 @@ def judge_by_code(end: End, at_once: bool) -> Verdict:
         return Verdict(cli.EXIT_INTERRUPTED, "ended at once", None)
     if end.orphaned:
         return Verdict(cli.EXIT_FAILURE, f"{end.describe()} before its ranks", None)
+    if end.in_training is not None and not end.killed:  # launchers have many codes for what has heard a signal
+        return Verdict(cli.EXIT_OK, "", None)
     return Verdict(end.code if end.code >= 0 else cli.EXIT_FAILURE, end.describe() if end.code else "", None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -201,6 +202,46 @@ def test_a_node_that_comes_back_is_used_again(cluster, tmp_path, shards, undistu
     assert len(restarts(run_dir)) == 1
     assert exact(run_dir) == exact(undisturbed)
     assert left(cluster, run_dir) == []
+
+
+@pytest.mark.slow
+def test_a_healthy_node_whose_connection_is_lost_is_used_again(cluster, tmp_path, shards, undisturbed):
+    """All ranks stop in order then, with a checkpoint and code 0, which is no end of the job."""
+    run_dir = tmp_path / "run"
+    options = ("--max_restarts", "1", "--ssh_args=-o ServerAliveInterval=2", "--fail_minutes", "0.5")
+    process = cluster.start("node1", submit(cluster, 2, program(run_dir, shards), *options))
+    wait_for_step(run_dir, 10, process)
+    found = cluster.processes("node1", str(run_dir))
+    (carrier,) = [pid for pid, words in found.items() if Path(words[0]).name == "ssh" and "node2" in words]
+    os.kill(carrier, signal.SIGKILL)
+    output = finish(process)
+    assert process.returncode == 0, output
+    (restart,) = restarts(run_dir)
+    assert restart["reason"] == "node2: the connection was lost; the ranks: SIGTERM", output
+    assert restart["code"] == cli.EXIT_FAILURE and restart["step"] < 60
+    assert "2 rank(s) on node1, node2" in output.partition("restart 1 of 1")[2]
+    assert exit_record(run_dir) == FINISHED and exact(run_dir) == exact(undisturbed)
+    assert left(cluster, run_dir) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_submit_leaves_a_checkpoint_and_no_process(cluster, tmp_path, shards, number):
+    run_dir = tmp_path / "run"
+    command = program(run_dir, shards)
+    command[command.index("--train.max_steps") + 1] = "1000000"
+    process = cluster.start("node1", submit(cluster, 2, command, "--max_restarts", "1"))
+    wait_for_step(run_dir, 10, process)
+    process.send_signal(number)
+    if number == signal.SIGTERM:
+        output = finish(process)
+        assert process.returncode == 0, output
+    wait_until(lambda: left(cluster, run_dir) == [], "all processes end")
+    record = exit_record(run_dir)
+    assert (record["reason"], record["code"]) == ("SIGTERM", 0)
+    assert (run_dir / "checkpoints" / f"step_{record['step']:08d}").is_dir()
+    assert not (run_dir / "restarts.jsonl").exists()
+    finish(process)
 
 
 @pytest.mark.slow

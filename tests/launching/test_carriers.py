@@ -26,6 +26,13 @@ def test_command_lines():
     assert Pdsh(("-p", "2222")).environment() == {"PDSH_SSH_ARGS_APPEND": f"-p 2222 {kept}"}
 
 
+def test_pdsh_parts_options_at_spaces():
+    assert carriers.carrier("pdsh", "-o 'Port=2222'", for_show=True).arguments == ("-o", "Port=2222")
+    with pytest.raises(UserError, match=r"pdsh cannot pass 'ProxyCommand=nc a b' on; put it into ~/\.ssh/config"):
+        carriers.carrier("pdsh", "-o 'ProxyCommand=nc a b'", for_show=True)
+    assert carriers.carrier("ssh", "-o 'ProxyCommand=nc a b'", for_show=True).arguments[1] == "ProxyCommand=nc a b"
+
+
 def test_words_and_folders_are_quoted():
     line = shell_line(Path("/a b"), ["python", "x'y", "$HOME", "*"], {"A": "1 2"})
     assert line == "cd '/a b' && exec env 'A=1 2' python 'x'\"'\"'y' '$HOME' '*'"

@@ -60,6 +60,13 @@ def submit(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         (("--launcher", "torchrn", "--", "launch/train.py", "--run_dir", "x"), "did you mean 'torchrun'?"),
         (("--max_restarts", "-1", "--", "launch/train.py", "--run_dir", "x"), "must be at least 0"),
         (("--stop_minutes", "0", "--", "launch/train.py", "--run_dir", "x"), "must be greater than 0"),
+        (("--fail_minutes", "nan", "--", "launch/train.py", "--run_dir", "x"), "must be greater than 0 and finite"),
+        (("--host_minutes", "inf", "--", "launch/train.py", "--run_dir", "x"), "must be greater than 0 and finite"),
+        (("--min_nodes", "0", "--", "launch/train.py", "--run_dir", "x"), "--min_nodes: needs --hostfile FILE"),
+        (
+            ("--hostfile", "h", "--node_rank", "0", "--", "launch/train.py", "--run_dir", "x"),
+            "--node_rank: cannot be given with --hostfile",
+        ),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, words, complaint):

@@ -1,6 +1,7 @@
 """Choosing hosts: what is wrong with them, who takes their place, and when a job goes on with fewer."""
 
 import json
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stand_ins
 
 from ardiff.errors import UserError
-from ardiff.launching import checks, hostcheck, screening
+from ardiff.launching import checks, fleet, hostcheck, node, screening
+from ardiff.launching.allocation import Srun
 from ardiff.launching.carriers import Pdsh, Ssh
 from ardiff.launching.environment import Variables
 from ardiff.launching.fleet import Fleet, Settings
@@ -94,7 +96,8 @@ def test_hosts_that_do_not_reach_the_first_one_are_named(tmp_path, bin_):
 
 GOOD = {
     **{"host": "a", "python": "3.11", "packages": {"torch": "2.13.0"}, "source": "1", "commit": "abc", "gpus": 8},
-    **{"shared": True, "port": 1, "resolves_to": ["10.0.0.1"], "interfaces": {"eth0": "10.0.0.1"}, "address": ""},
+    **{"shared": True, "folder": True, "port": 1, "resolves_to": ["10.0.0.1"], "address": ""},
+    **{"interfaces": {"eth0": "10.0.0.1"}},
 }
 
 
@@ -107,6 +110,7 @@ GOOD = {
         ({"source": "2", "commit": "def"}, "holds other program files than here (commit def there, abc here); make"),
         ({"source": "2"}, "holds other program files than here (changed since the commit)"),
         ({"shared": False}, "n: does not see this host's /data; --run_dir has to be on storage that all hosts share"),
+        ({"folder": False}, f"n: has no folder {Path.cwd()}, where this is started"),
         ({"gpus": 4}, "n: slots=8, but it has 4 GPU(s)"),
     ],
 )
@@ -154,10 +158,51 @@ def test_without_standard_input_variables_are_in_a_private_file(tmp_path):
     job = Fleet(HOSTS, [], Pdsh(), own)
     source, first = job._deliver("job", 1)
     assert first == b"" and Path(source).stat().st_mode & 0o777 == 0o600 and Path(source).parent.parent == tmp_path
-    assert json.loads(Path(source).read_text()) == {"variables": {"KEY": "abc"}, "beats": False}
+    assert json.loads(Path(source).read_text()) == {
+        **{"variables": {"KEY": "abc"}, "beats": False, "lost_seconds": 120.0},
+    }
     assert "KEY=***" in job.describe() and "abc" not in job.describe()
     job.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_with_variables_is_left_by_another_start(tmp_path, monkeypatch):
+    """And all are there before the first host runs, which removes a folder that it finds empty."""
+    job, seen = Fleet(HOSTS, [], Pdsh(), settings(tmp_path)), []
+    monkeypatch.setattr(fleet, "Share", lambda *_: seen.append(sorted(tmp_path.glob(".ardiff-*/*.json"))))
+    job._meeting = ("127.0.0.1", 1)
+    job.start(lambda _: None)
+    job.start(lambda _: None)
+    assert [[file.name for file in files] for files in seen] == [["0.json", "1.json"]] * 4
+    assert seen[0] == seen[1] and seen[2] == seen[3] and seen[0] != seen[2]
+    job.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_of_a_lost_host_is_waited_for_longer_than_its_ranks_live(tmp_path):
+    job = Fleet(HOSTS, [], Ssh(), settings(tmp_path, fail_seconds=300.0))
+    sent = json.loads(job._deliver("job", 0)[1])
+    assert sent["lost_seconds"] == 300.0 and job.lock_patience > node.SILENCE + sent["lost_seconds"]
+
+
+@pytest.mark.parametrize(("carrier", "remedy"), [(Ssh(), "out of the hostfile"), (Srun(), "have SLURM leave them out")])
+def test_the_remedy_is_one_that_the_carrier_has(tmp_path, carrier, remedy):
+    choice = checks.Choice(HOSTS[:1], {}, [], ["beta: cannot be reached"], HOSTS[1:], [])
+    refusal = str(Fleet(HOSTS, [], carrier, settings(tmp_path))._refusal(choice, False))
+    assert refusal.startswith("1 of 2 hosts cannot be used: mend them, ") and remedy in refusal
+    assert ("hostfile" in refusal) == (carrier.name != "srun")
+
+
+@pytest.mark.parametrize(("numbers", "code"), [([signal.SIGUSR1], 0), ([signal.SIGINT] * 2, 130)])
+def test_a_signal_ahead_of_preflight_is_a_stop(tmp_path, bin_, numbers, code):
+    own = settings(tmp_path, command=(str(tmp_path / "train.py"), "--run_dir", str(tmp_path / "run")))
+    (tmp_path / "train.py").touch()
+    with StopRequest() as stop:
+        for number in numbers:
+            signal.raise_signal(number)
+        told: list[str] = []
+        assert screening.screen(Fleet(HOSTS, [], Ssh(), own), HOSTS, [], Ssh(), own, stop, told.append) == code
+    assert told == ["preflight on 2 host(s)"]
 
 
 # Preflight's report as if of two hosts with two ranks each and a spare; the second one is bad.
@@ -178,12 +223,15 @@ sys.exit(int(BAD is not None))
         ("1", "[]", ["gamma"], 0, ["alpha", "gamma"]),
         ("None", "['the batch does not divide']", ["gamma"], 1, None),
         ("1", "[]", [], 1, None),
+        ("1 if FIRST else None", "['collectives: hang'] if FIRST else []", ["gamma"], 0, ["alpha", "gamma"]),
     ],
 )
 def test_hosts_that_fail_preflight_are_replaced(tmp_path, bin_, monkeypatch, bad, general, spares, code, names):
     monkeypatch.setattr(sys, "executable", str(stand_ins.python_with_torchrun(tmp_path / "venv")))
     program = tmp_path / "preflight.py"
-    program.write_text(f"BAD, GENERAL = {bad}, {general}\n{PREFLIGHT}")
+    first = f"import os; from pathlib import Path; SEEN = Path({str(tmp_path / 'seen')!r})\nFIRST = not SEEN.exists()\n"
+    first += "if os.environ['RANK'] == '0': SEEN.touch()\n"  # it alone writes the report
+    program.write_text(f"{first}BAD, GENERAL = {bad}, {general}\n{PREFLIGHT}")
     monkeypatch.setattr(screening, "PREFLIGHT", str(program))
     (tmp_path / "train.py").touch()
     own = settings(tmp_path, command=(str(tmp_path / "train.py"), "--run_dir", str(tmp_path / "run")))
@@ -193,8 +241,9 @@ def test_hosts_that_fail_preflight_are_replaced(tmp_path, bin_, monkeypatch, bad
         program.write_text(program.read_text().replace("range(3)", "range(2)"))
     with StopRequest() as stop:
         assert screening.screen(job, HOSTS, others, Ssh(), own, stop, told.append) == code, told
-    if bad == "1":
+    if bad.startswith("1"):
         assert "preflight: beta: slow" in told
+    assert told.count("preflight on 2 host(s)") == ("FIRST" in bad) + (not spares)
     if names:
         assert prepared(job)[0] == names
     else:

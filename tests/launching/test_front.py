@@ -99,6 +99,19 @@ def test_a_host_that_is_lost_is_replaced_by_a_spare(tmp_path):
     assert len((front.run_dir / "starts0").read_text().split()) == 2 and front.record()["reason"] == "finished"
 
 
+def test_a_lost_connection_is_no_end_though_all_ranks_stop_in_order(tmp_path):
+    front = Front(tmp_path, "train,finish", "--max_restarts", "1")
+    process = front.start()
+    front.wait_for("training0", "training1")
+    job = front.job_of(1)
+    os.kill(int((front.run_dir / "starts0").read_text()), signal.SIGTERM)  # as a rank does that hears of another's stop
+    reach.end(job)
+    output = front.finish(process)
+    assert process.returncode == 0 and front.record()["reason"] == "finished", output
+    (restart,) = [json.loads(line) for line in (front.run_dir / "restarts.jsonl").read_text().splitlines()]
+    assert (restart["reason"], restart["code"]) == ("beta: the connection was lost; the ranks: SIGTERM", 1)
+
+
 def test_signals_reach_the_ranks_of_all_hosts(tmp_path):
     front = Front(tmp_path, "train", "--max_restarts", "3")
     process = front.start()

@@ -13,11 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import stand_ins
 
 from ardiff.launching import processes
-from ardiff.launching.node import payload
+from ardiff.launching.node import payload as node_payload
 from ardiff.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = str(Path(__file__).with_name("fake_rank.py"))
+
+
+def payload(variables: dict[str, str], beats: bool, lost_seconds: float = 60.0) -> bytes:
+    return node_payload(variables, beats, lost_seconds)
 
 
 def share(run_dir: Path, plan: str, *options: str, python: str = sys.executable) -> list[str]:
@@ -76,18 +80,22 @@ def test_a_carried_share_ends_in_order_with_its_connection(tmp_path, how):
     assert json.loads((tmp_path / "exit.json").read_text()) == {"reason": "SIGTERM", "code": 0, "step": 9}
 
 
-def test_silence_is_taken_for_a_lost_connection(tmp_path):
+@pytest.mark.parametrize("in_time", [True, False])
+def test_silence_is_taken_for_a_lost_connection(tmp_path, in_time):
+    """The job goes on elsewhere once the ranks have let go of the run_dir, so they do not have the usual time."""
     patched = (
         "import sys; sys.argv.pop(0); sys.path.insert(0, '.')\n"
         "import runpy; from ardiff.launching import node; node.SILENCE = 0.5\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = share(tmp_path, "train", "--carried", "-", "--launcher", "python")
+    options = ("--carried", "-", "--launcher", "python", "--stop_minutes", "10")
+    command = [*share(tmp_path, "train", *options), "--stop_seconds", "0.3" if in_time else "100"]
     process = start([command[0], "-c", patched, *command[1:]], stdin=subprocess.PIPE)
-    process.stdin.write(payload({}, beats=True))
+    process.stdin.write(payload({}, beats=True, lost_seconds=20.0 if in_time else 0.5))
     process.stdin.flush()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == (0 if in_time else 1)
     assert b"no sign of life for 0.5 s" in process.stderr.read()
+    assert (b"killing all processes: not ended within" in process.stdout.read()) != in_time
     for stream in (process.stdin, process.stdout, process.stderr):
         stream.close()
 

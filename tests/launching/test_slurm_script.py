@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import launch.submit
 from ardiff.errors import UserError
-from ardiff.launching import sbatch
+from ardiff.launching import sbatch, slurm
 from ardiff.launching.allocation import Srun
 from ardiff.training.run_dir import is_ours
 
@@ -224,6 +225,13 @@ def test_where_the_script_is_kept_can_be_chosen_and_a_refusal_is_one_line(tmp_pa
         ((*BASIC, "--env_file", "no-such-file"), "--env_file no-such-file: No such file"),
         ((*BASIC, "--pass_env", "NOT_SET_HERE"), "--pass_env NOT_SET_HERE: is not set here"),
         ((*BASIC, "--pass_env", "WANDB_API_KEY"), "WANDB_API_KEY: looks like a secret, and SLURM keeps batch scripts"),
+        ((*BASIC, "--signal_minutes", "nan"), "--signal_minutes nan: must be a number"),
+        ((*BASIC, "--signal_minutes", "inf"), "--signal_minutes inf: must be a number"),
+        ((*BASIC, "--launcher", "python"), "--launcher python: starts one process"),
+        ((*BASIC, "--min_nodes", "9"), "--min_nodes 9: must be from 1 to 2, the number of hosts"),
+        ((*BASIC, "--min_nodes", "0"), "--min_nodes 0: must be from 1 to 2"),
+        ((*BASIC, "--host_minutes", "2"), "--host_minutes: cannot be given with --slurm"),
+        (("--carrier", "srun", "--host_minutes", "2"), "--host_minutes: cannot be given with --carrier srun"),
         (BASIC, "--slurm: sbatch is not in PATH"),
         (("--carrier", "srun", "--ranks", "8"), "--carrier srun: this is not inside a SLURM job; --slurm submits one"),
         (("--carrier", "srun", "--spares", "n3"), "--spares: cannot be given with --carrier srun"),
@@ -231,8 +239,6 @@ def test_where_the_script_is_kept_can_be_chosen_and_a_refusal_is_one_line(tmp_pa
     ],
 )
 def test_mistakes_are_one_line(tmp_path, monkeypatch, words, complaint):
-    import launch.submit
-
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("WANDB_API_KEY", "hidden")
@@ -242,3 +248,51 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, words, complaint):
         launch.submit.main()
     message = str(raised.value)
     assert complaint in message and "\n" not in message and "hidden" not in message
+
+
+PUBLIC = (
+    "/data/latents-{000000..000127}.tar",
+    "https://host/latents",
+    "s3://bucket/latents",
+    "abfs://container@account/path",
+    "[{shards: sky, weight: 3}, {shards: s3://bucket/pets}]",
+    "--data.shards=https://host:8080/a,b",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("--data.shards", "https://user:hidden@host/x"), "https://host/x"),
+        (("--data.shards=https://hidden@host/x",), "https://host/x"),
+        (("--data.validation", "https://host/x?sig=hidden"), "https://host/x"),
+        (("--data.mixture", "[{shards: sky}, {shards: 's3://key:hid,den@bucket/x'}]"), "s3://bucket/x"),
+        (("--data.mixture", "[{shards: https://a/b},{shards: https://u:hidden@host/x}]"), "https://host/x"),
+    ],
+)
+def test_passwords_of_urls_are_not_stored(tmp_path, monkeypatch, words, shown):
+    """SLURM keeps the script for everybody who may see the job, and the run for everybody who may read it."""
+    monkeypatch.chdir(ROOT)
+    options = slurm_options("--dry_run")
+    run = ("launch/train.py", "--run_dir", str(tmp_path / "run"))
+    assert "s3://bucket/pets" in slurm.prepare(options, [*run, *PUBLIC], ROOT).text
+    with pytest.raises(UserError) as raised:
+        slurm.run(options, [*run, *words], print)
+    message = str(raised.value)
+    assert f"the command: {shown}" in message and "hidden" not in message and "--env_file" in message
+    monkeypatch.setenv("A_PROXY", "http://user:hidden@proxy")
+    with pytest.raises(UserError, match="A_PROXY: http://proxy comes with a password"):
+        slurm.prepare(slurm_options("--pass_env", "A_PROXY"), run, ROOT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def slurm_options(*words: str):
+    return launch.submit._parser().parse_args([*BASIC, *words])
+
+
+def test_what_has_no_preflight_is_not_submitted_with_one():
+    with pytest.raises(UserError, match=r"--preflight: checks what launch/train.py and train_vae.py need"):
+        slurm.prepare(slurm_options("--preflight"), ["launch/profile_throughput.py"], ROOT)
+    assert (
+        "--preflight" in slurm.prepare(slurm_options("--preflight"), ["launch/train.py", "--run_dir", "x"], ROOT).text
+    )
