@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,11 @@ class Variables:
     secret: frozenset[str] = frozenset()
 
     def shown(self) -> list[str]:
-        """NAME=value, secrets hidden."""
-        return [f"{name}={HIDDEN if name in self.secret else value}" for name, value in sorted(self.values.items())]
+        """NAME=value as for a shell, secrets hidden."""
+        return [
+            f"{name}={HIDDEN if name in self.secret else shlex.quote(value)}"
+            for name, value in sorted(self.values.items())
+        ]
 
 
 def collect(environment: Mapping[str, str], named: Sequence[str], file: Path | None) -> Variables:

@@ -36,10 +36,13 @@ class Node:
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     def prepare(self, again: bool, stop: StopRequest, tell: Tell) -> bool:
-        """This is where they run; another start needs the first node's ranks of the last one to have ended.
+        """This is where they run, if there can be a run_dir. Raises UserError where it cannot be written to.
 
-        Else these would meet them, at the same address and port.
+        Another start needs the first node's ranks of the last one to have ended. Else these would meet them, at the
+        same address and port.
         """
+        if not again and self.run_dir is not None:
+            records.require_place(self.run_dir)
         if again and not self.is_first and self.run_dir is not None and records.in_use(self.run_dir):
             tell(f"waiting for the first node's ranks of the last start, which hold {self.run_dir}")
             records.in_use(self.run_dir, float("inf"), lambda: stop.number is not None)

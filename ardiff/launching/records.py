@@ -5,7 +5,9 @@ Light on purpose: a process that waits for weeks need not hold a deep-learning f
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -14,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ardiff.errors import UserError
 
 FINISHED = "finished"  # as written by a run that reached its last step
 LOCK_PATIENCE = 2.0  # seconds: a process that has just been killed may take a moment to go
@@ -73,6 +77,30 @@ def newest_checkpoint(run_dir: Path) -> str | None:
     """The name of the newest checkpoint, which the ranks still have to verify."""
     names = [path.name for path in run_dir.glob("checkpoints/step_*") if path.name.removeprefix("step_").isdigit()]
     return max(names, default=None)
+
+
+def require_place(run_dir: Path) -> None:
+    """Raise UserError where a run_dir cannot be made or written to; leaves nothing behind.
+
+    A launcher replaces the exit code of a rank that finds out, and that rank cannot write exit.json either: it would
+    look like a failure that another start may cure.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed([run_dir, *run_dir.parents]):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"--run_dir {run_dir}: cannot be written to ({error.strerror}); choose another place"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                folder.rmdir()
 
 
 def in_use(run_dir: Path, patience: float = LOCK_PATIENCE, give_up: Asked = lambda: False) -> bool:

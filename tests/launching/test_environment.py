@@ -32,7 +32,7 @@ def test_only_what_is_listed_travels():
     assert set(collect(HERE, [], None).values) == {"NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR", "PYTHONPATH"}
     given = collect(HERE, ["SITE", "AWS_SECRET_ACCESS_KEY"], None)
     assert given.values["SITE"] == "a b" and given.secret == {"AWS_SECRET_ACCESS_KEY"}
-    assert "AWS_SECRET_ACCESS_KEY=***" in given.shown() and "SITE=a b" in given.shown()
+    assert "AWS_SECRET_ACCESS_KEY=***" in given.shown() and "SITE='a b'" in given.shown()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_file_wins_and_is_hidden_where_it_is_private(tmp_path):
     assert read_file(path)[0] == {"NCCL_DEBUG": "WARN", "A": "x y", "B": "1", "C": "", "D": "a # b", "E": "f=g"}
     assert given.values["NCCL_DEBUG"] == "WARN" and "A=***" in given.shown() and "OMP_NUM_THREADS=4" in given.shown()
     path.chmod(0o644)
-    assert "A=x y" in collect(HERE, [], path).shown()
+    assert "A='x y'" in collect(HERE, [], path).shown()
 
 
 def test_secrets_that_others_can_read_are_refused(tmp_path):
