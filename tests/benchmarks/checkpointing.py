@@ -42,18 +42,18 @@ class Measured:
             if step["step"] > every:  # the first stretch warms up
                 seconds = after["start"] - step["start"] - waited.get(step["step"], 0.0)
                 self.steps[step["writing"]].append(seconds)
-        if not self.steps[False]:  # of --quick, whose stretches are shorter than the writing
-            self.steps[False] = self.steps[True]
+        # Stretches of --quick are shorter than the writing, on a busy machine all of them.
+        self.alone = self.steps[False] or self.steps[True]
 
     @property
     def step(self) -> float:
         """Seconds of a step beside which nothing is written."""
-        return statistics.median(self.steps[False])
+        return statistics.median(self.alone)
 
     @property
     def lost(self) -> float:
         """What a checkpoint costs, as a share of `every` steps: training stands still, steps beside it are slower."""
-        slower = sum(self.steps[True]) - len(self.steps[True]) * statistics.mean(self.steps[False])
+        slower = sum(self.steps[True]) - len(self.steps[True]) * statistics.mean(self.alone)
         return (sum(save["seconds"] for save in self.saves) + slower) / len(self.saves) / (self.every * self.step)
 
 

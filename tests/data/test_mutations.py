@@ -15,14 +15,18 @@ from mutations.trial import try_mutations
 from data_tools.inspection.verification import verify
 
 EACH = 1000
+QUICKLY = 250  # in make test
 
 
-@pytest.mark.parametrize("kind", ["latents", pytest.param("frames", marks=pytest.mark.slow)])
-def test_every_mutation_is_reported_and_none_does_harm(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "each"),
+    [("latents", QUICKLY), *(pytest.param(kind, EACH, marks=pytest.mark.slow) for kind in ("latents", "frames"))],
+)
+def test_every_mutation_is_reported_and_none_does_harm(tmp_path, kind, each):
     # in a process with limited memory, an alarm clock and a ban on running code or writing files elsewhere
     result = tmp_path / "result.json"
     process = multiprocessing.get_context("spawn").Process(
-        target=try_mutations, args=(kind, tmp_path / "work", 0, EACH, result)
+        target=try_mutations, args=(kind, tmp_path / "work", 0, each, result)
     )
     process.start()
     process.join(timeout=500)
@@ -32,15 +36,15 @@ def test_every_mutation_is_reported_and_none_does_harm(tmp_path, kind):
     found = json.loads(result.read_text())
     assert not found["failures"], f"{len(found['failures'])} failures, the first:\n{found['failures'][0]}"
     counts = Counter(found["counts"])
-    assert counts["tried"] == EACH
+    assert counts["tried"] == each
     # a manifest has no checksum of its own: what says nothing about the shards can be changed unseen
-    assert counts["reported"] + counts["without consequence"] == EACH
-    assert counts["without consequence"] < 0.01 * EACH
+    assert counts["reported"] + counts["without consequence"] == each
+    assert counts["without consequence"] < 0.01 * each
     # where the checksums were made to fit, structure and content speak for themselves
-    assert counts["sealed and reported"] + counts["sealed and valid"] == counts["sealed"] > 0.8 * EACH
-    assert counts["sealed and valid"] < 0.12 * EACH
+    assert counts["sealed and reported"] + counts["sealed and valid"] == counts["sealed"] > 0.8 * each
+    assert counts["sealed and valid"] < 0.12 * each
     assert counts["samples kept"] > 0.7 * counts["samples"]  # what is good comes through the repair
-    assert counts["training refused"] > 0.5 * EACH and counts["training samples replaced"] > 50
+    assert counts["training refused"] > 0.5 * each and counts["training samples replaced"] > 0.05 * each
     assert not found["trap"]
     assert found["grown_mib"] < 200
     assert found["slowest"] < 10

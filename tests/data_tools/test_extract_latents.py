@@ -274,6 +274,7 @@ def test_killed_runs_complete_to_the_same_bytes(given, latents, tmp_path, kind):
 
 
 @pytest.mark.launcher
+@pytest.mark.slow
 def test_mistakes_on_two_ranks_are_told_once_and_nobody_hangs(given, tmp_path):
     broken = make_arvae(tmp_path / "broken", bias=float("nan"))
     mistakes = {

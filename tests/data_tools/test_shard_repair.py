@@ -363,6 +363,7 @@ def test_a_foreign_member_is_passed_over_by_means_of_the_index(folder):
     assert set(samples_of(out)) == {"000000", "000001", "000002"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_completes_to_the_same_bytes(tmp_path):
     damaged_set(tmp_path / "data", shards=18)
     repair(str(tmp_path / "data"), tmp_path / "whole")

@@ -93,7 +93,9 @@ def test_one_rank_gives_the_curve_of_two(tmp_path, shards, undisturbed):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
 
 
-@pytest.mark.parametrize("step", [FRAMES + 9, TEMPORAL - 3], ids=["adversarial", "temporal"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(FRAMES + 9, marks=pytest.mark.slow), TEMPORAL - 3], ids=["adversarial", "temporal"]
+)
 def test_killed_run_continues_bit_for_bit(tmp_path, shards, undisturbed, step):
     command = train_vae(tmp_path / "run", shards)
     process = start(command)
@@ -152,6 +154,7 @@ def test_other_numbers_of_ranks_continue_in_any_stage(tmp_path, shards, undistur
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (key, ours["step"])
 
 
+@pytest.mark.slow
 def test_a_run_is_given_more_stages_and_starts_from_another_run(tmp_path, shards, undisturbed):
     """train.init, a stage added later, settings of the loss changed, and what a run with a discriminator must keep."""
     source = step_directory(undisturbed, 28)

@@ -87,6 +87,7 @@ def test_too_many_bad_samples_end_the_run_in_one_line(tmp_path, damaged):
     assert exit_record(tmp_path / "run")["code"] == 2
 
 
+@pytest.mark.slow
 def test_weights_of_a_mixture_may_change_when_a_run_goes_on(tmp_path, shards):
     other = tmp_path / "other"
     write_latents(other, ((40, 20), (12,)))
@@ -110,6 +111,7 @@ def test_weights_of_a_mixture_may_change_when_a_run_goes_on(tmp_path, shards):
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_lanes_give_one_and_two_ranks_the_same_curve(tmp_path, shards):
     options = ("--data.order", "lanes", "--data.lanes", "4", "--data.lane_window", "3", "--train.max_steps", "12")
     for name, kind, ranks in (("two", "ranks", 2), ("one", "python", 1)):
@@ -144,6 +146,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_shards_behind_a_web_server_train_the_same(tmp_path, shards):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(shards)))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -161,6 +161,7 @@ def test_ranks_share_the_videos(work, tmp_path):
     np.testing.assert_allclose(again[0], one[2], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_long_video_goes_on_after_a_kill(work, tmp_path):
     sample = [
         "launch/sample.py",
@@ -221,6 +222,7 @@ def test_a_clip_is_continued(work, tmp_path):
     assert "must leave something of --num_frames 3" in fail(*sample, *prefix[:4], "--num_frames", "3", "--out", "x")
 
 
+@pytest.mark.slow
 def test_pavdm_is_trained_and_continues_a_clip(work, tmp_path):
     """Rectified flow, bidirectional attention, a staircase of chunks, windows of variable length."""
     train = ["launch/train.py", "--config", "pavdm", "--data.shards", str(work / "latents"), "--run_dir"]

@@ -99,6 +99,7 @@ def ranks_on(cluster: Cluster, *options: str) -> list:
     return started
 
 
+@pytest.mark.slow
 def test_the_node_with_a_slow_link_is_named(tmp_path, shards):
     need(why_not())
     report, run_dir = tmp_path / "report.json", tmp_path / "run"

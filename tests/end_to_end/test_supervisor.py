@@ -52,7 +52,9 @@ def undisturbed(tmp_path_factory, shards) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "hanging"]
+    "number",
+    [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGKILL, signal.SIGSTOP)],
+    ids=["killed", "hanging"],
 )
 def test_a_lost_rank_is_started_again_and_nothing_is_lost(tmp_path, shards, undisturbed, number):
     run_dir = tmp_path / "run"

@@ -131,6 +131,7 @@ def test_signal_ends_with_a_checkpoint_and_resumes_exactly(tmp_path, shards, und
     assert metrics(run_dir)[-1]["step"] == record["step"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(tmp_path, shards):
     run_dir = tmp_path / "run"
     process = start(train(run_dir, shards, "--train.max_steps", "100000", kind="deepspeed"))
@@ -205,6 +206,7 @@ def test_a_mistake_of_one_rank_ends_all_of_them(tmp_path, shards):
     assert record["code"] == 2 and "rank 1" in record["reason"]
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, shards):
     run_dir = tmp_path / "run"
     process = start(train(run_dir, shards, "--train.max_steps", "100000", kind="python", ranks=1))

@@ -78,6 +78,7 @@ def test_stage_0_gives_the_curve_of_stage_2(tmp_path, ranks):
     assert equal
 
 
+@pytest.mark.slow
 def test_a_run_may_change_its_stage_and_its_ranks(tmp_path):
     """3 steps each with stage 2, 0, 2, 1, 0 on two ranks; then from each of their states with one rank."""
     whole, pieces, states = run_ranks(CHAIN, 2, tmp_path)
