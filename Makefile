@@ -1,6 +1,6 @@
 # make demo  the whole system in minutes on a laptop      make demo VIDEOS=path/to/clips
 # make test  lint, types, unit and end-to-end tests
-# make faults  slow tests; kills, full disks, damaged checkpoints, hangs in the middle of training (half an hour)
+# make faults  slow tests; kills, full disks, damaged checkpoints, hangs in the middle of training (an hour and more)
 # All set themselves up in .venv. Another Python or package source:
 #   make venv PYTHON=python3.12 PIP_ARGS="--index-url URL"
 

@@ -206,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         return None
 
     def _described(self, name: str) -> str:
-        """An option or argument with its placeholder and what it is."""
+        """An option or argument with the name of its value and what it is."""
         action = self._action(name)
         if action is None:
             return name

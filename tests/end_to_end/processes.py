@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+from ardiff.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -35,12 +36,6 @@ SMALL = [
     *("--model.tokens_per_frame", "2", "--model.num_frames", "4", "--train.sample_every", "0"),
     *("--train.log_every", "1", "--train.num_threads", "1"),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launcher(kind: str, ranks: int) -> list[str]:

@@ -17,9 +17,9 @@ import deepspeed  # noqa: F401
 import torch._dynamo  # torch's optimizers load it
 import torch.utils.tensorboard  # noqa: F401
 
+from ardiff.ports import free_port
 from ardiff.training import program  # noqa: F401
 from ardiff.training.adamw import import_muon_uncompiled
-from tests.end_to_end.processes import free_port
 
 
 def main() -> int:

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from processes import ROOT, environment, exact, exit_record, free_port, metrics, run, run_each
+from processes import ROOT, environment, exact, exit_record, metrics, run, run_each
 
 from ardiff.data.dataset import open_shards
+from ardiff.ports import free_port
 from ardiff.video import decode
 
 pytestmark = pytest.mark.launcher
